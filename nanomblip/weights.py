@@ -1,0 +1,408 @@
+"""Weights in and out: one layout only, that of Hugging Face's BLIP-2 (`config.json` + safetensors).
+
+nano's checkpoints and the official ones go through the same strict loader, and transformers opens what we write. Strict
+means that every tensor of the file finds its place and every place gets its tensor, in the right shape; anything else is
+a `WeightsError` that names the key. Nothing is ever unpickled.
+
+A model is built on the meta device (shapes without memory) and filled one tensor at a time straight from the
+memory-mapped file, so that there are never two copies of it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanomblip.mblip import MBLIP, MBLIPConfig
+from nanomblip.mt5 import MT5Config
+from nanomblip.qformer import QFormerConfig
+from nanomblip.vit import ViTConfig
+
+
+class WeightsError(ValueError):
+    """A weights file, or its config, that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------- names: official key -> ours, {} is the layer's number
+
+VIT_KEYS = {
+    "vision_model.embeddings.class_embedding": "vit.cls_token",
+    "vision_model.embeddings.position_embedding": "vit.pos_embed",
+    "vision_model.embeddings.patch_embedding.*": "vit.patch_embed.*",
+    "vision_model.encoder.layers.{}.layer_norm1.*": "vit.blocks.{}.norm1.*",
+    "vision_model.encoder.layers.{}.self_attn.qkv.*": "vit.blocks.{}.attn.qkv.*",
+    "vision_model.encoder.layers.{}.self_attn.projection.*": "vit.blocks.{}.attn.proj.*",
+    "vision_model.encoder.layers.{}.layer_norm2.*": "vit.blocks.{}.norm2.*",
+    "vision_model.encoder.layers.{}.mlp.fc1.*": "vit.blocks.{}.mlp.fc1.*",
+    "vision_model.encoder.layers.{}.mlp.fc2.*": "vit.blocks.{}.mlp.fc2.*",
+    "vision_model.post_layernorm.*": "vit.norm.*",
+}
+QFORMER_KEYS = {
+    "query_tokens": "queries",
+    "qformer.layernorm.*": "qformer.norm.*",
+    "qformer.encoder.layer.{}.attention.attention.query.*": "qformer.blocks.{}.attn.q.*",
+    "qformer.encoder.layer.{}.attention.attention.key.*": "qformer.blocks.{}.attn.k.*",
+    "qformer.encoder.layer.{}.attention.attention.value.*": "qformer.blocks.{}.attn.v.*",
+    "qformer.encoder.layer.{}.attention.output.dense.*": "qformer.blocks.{}.attn.out.*",
+    "qformer.encoder.layer.{}.attention.output.LayerNorm.*": "qformer.blocks.{}.norm1.*",
+    "qformer.encoder.layer.{}.crossattention.attention.query.*": "qformer.blocks.{}.cross_attn.q.*",
+    "qformer.encoder.layer.{}.crossattention.attention.key.*": "qformer.blocks.{}.cross_attn.k.*",
+    "qformer.encoder.layer.{}.crossattention.attention.value.*": "qformer.blocks.{}.cross_attn.v.*",
+    "qformer.encoder.layer.{}.crossattention.output.dense.*": "qformer.blocks.{}.cross_attn.out.*",
+    "qformer.encoder.layer.{}.crossattention.output.LayerNorm.*": "qformer.blocks.{}.norm_cross.*",
+    "qformer.encoder.layer.{}.intermediate_query.dense.*": "qformer.blocks.{}.fc1.*",
+    "qformer.encoder.layer.{}.output_query.dense.*": "qformer.blocks.{}.fc2.*",
+    "qformer.encoder.layer.{}.output_query.LayerNorm.*": "qformer.blocks.{}.norm2.*",
+}
+PROJ_KEYS = {"language_projection.*": "proj.*"}
+MT5_KEYS = {
+    "language_model.shared.weight": "mt5.embed.weight",
+    "language_model.lm_head.weight": "mt5.lm_head.weight",
+}
+for _s in ("encoder", "decoder"):
+    _blocks = f"language_model.{_s}.block"
+    _mlp = 1 if _s == "encoder" else 2  # the decoder's layer 1 is its cross-attention
+    MT5_KEYS[f"{_blocks}.0.layer.0.SelfAttention.relative_attention_bias.weight"] = f"mt5.{_s}.bias.weight"
+    MT5_KEYS[f"language_model.{_s}.final_layer_norm.weight"] = f"mt5.{_s}.norm.weight"
+    for _m in "qkvo":
+        MT5_KEYS[f"{_blocks}.{{}}.layer.0.SelfAttention.{_m}.weight"] = f"mt5.{_s}.blocks.{{}}.attn.{_m}.weight"
+    MT5_KEYS[f"{_blocks}.{{}}.layer.0.layer_norm.weight"] = f"mt5.{_s}.blocks.{{}}.norm1.weight"
+    for _m in ("wi_0", "wi_1", "wo"):
+        MT5_KEYS[f"{_blocks}.{{}}.layer.{_mlp}.DenseReluDense.{_m}.weight"] = f"mt5.{_s}.blocks.{{}}.mlp.{_m}.weight"
+    MT5_KEYS[f"{_blocks}.{{}}.layer.{_mlp}.layer_norm.weight"] = f"mt5.{_s}.blocks.{{}}.norm2.weight"
+for _m in "qkvo":
+    MT5_KEYS[f"language_model.decoder.block.{{}}.layer.1.EncDecAttention.{_m}.weight"] = (
+        f"mt5.decoder.blocks.{{}}.cross_attn.{_m}.weight"
+    )
+MT5_KEYS["language_model.decoder.block.{}.layer.1.layer_norm.weight"] = "mt5.decoder.blocks.{}.norm_cross.weight"
+
+KEYS = VIT_KEYS | QFORMER_KEYS | PROJ_KEYS | MT5_KEYS
+# Second names of the shared embedding: old .bin conversions list them, new files do not.
+EMBED_ALIASES = ("language_model.decoder.embed_tokens.weight", "language_model.encoder.embed_tokens.weight")
+
+
+def official_names(model: MBLIP) -> dict[str, str]:
+    """Our parameter name -> official key, for every parameter of `model`."""
+    ours = dict(model.named_parameters())
+    names = {}
+    for official, mine in KEYS.items():
+        endings = ("weight", "bias") if official.endswith("*") else ("",)
+        layers = range(max(len(model.vit.blocks), len(model.qformer.blocks), len(model.mt5.encoder.blocks),
+                           len(model.mt5.decoder.blocks))) if "{}" in official else (0,)  # fmt: skip
+        for ending in endings:
+            for i in layers:
+                name = mine.replace("*", ending).format(i)
+                if name in ours:  # the Q-Former has cross-attention in some layers only
+                    names[name] = official.replace("*", ending).format(i)
+    left = sorted(set(ours) - set(names))
+    assert not left, f"parameters without an official key: {left}"
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+# What transformers assumes when a config.json does not say (hub files often store differences only).
+_MT5_DEFAULTS = dict(vocab_size=250112, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
+                     relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1,
+                     layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1)  # fmt: skip
+_T5_DEFAULTS = _MT5_DEFAULTS | dict(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu")
+
+
+def _refuse_unless(part: str, hf: dict, **allowed):
+    """Raise WeightsError when a key of `hf` has a value that we do not implement (absent = the first allowed)."""
+    for key, values in allowed.items():
+        if hf.get(key, values[0]) not in values:
+            raise WeightsError(f"{part} with {key} = {hf[key]!r} is not implemented (only {', '.join(map(repr, values))})")
+
+
+def _build(part: str, cls, hf: dict, **names):
+    """Make the config dataclass `cls` from the official keys named in `names` (ours = official); absent = our default."""
+    kwargs = {ours: hf[official] for ours, official in names.items() if hf.get(official) is not None}
+    for ours, value in kwargs.items():
+        default = next(f.default for f in fields(cls) if f.name == ours)
+        want = (int, float) if isinstance(default, float) else type(default)
+        if isinstance(value, bool) or not isinstance(value, want) or (not isinstance(value, str) and value < 0):
+            raise WeightsError(f"{part} with {names[ours]} = {value!r}: expected a number as in {default!r}")
+    try:
+        return cls(**kwargs)
+    except (ValueError, ZeroDivisionError) as error:
+        raise WeightsError(f"{part}: {error}") from None
+
+
+def config_from_hf(hf: dict) -> MBLIPConfig:
+    """MBLIPConfig from an official `config.json` (as a dict), legacy or new.
+
+    Whatever changes the arithmetic and is not implemented is refused by name (WeightsError); what only concerns
+    training or generation defaults is ignored. `tie_word_embeddings` is ignored on purpose for mT5: transformers 5.x
+    writes true for every mT5, also when the file holds a separate head. The file decides, and ours needs a head.
+    """
+    if not isinstance(hf, dict):
+        raise WeightsError("config.json does not hold an object")
+    if hf.get("model_type") != "blip-2":
+        raise WeightsError(f"config.json says model_type {hf.get('model_type')!r}; this code reads 'blip-2'")
+    parts = [hf.get(key) or {} for key in ("vision_config", "qformer_config", "text_config")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise WeightsError("config.json: vision_config, qformer_config and text_config must be objects")
+    vision, qformer, text = parts
+
+    _refuse_unless("a ViT", vision, hidden_act=("gelu",), attention_dropout=(0.0,), qkv_bias=(True,))
+    vit = _build("vision_config", ViTConfig, vision, image_size="image_size", patch_size="patch_size", width="hidden_size",
+                 layers="num_hidden_layers", heads="num_attention_heads", mlp="intermediate_size",
+                 eps="layer_norm_eps")  # fmt: skip
+    _refuse_unless("a Q-Former", qformer, hidden_act=("gelu",), position_embedding_type=("absolute",),
+                   use_qformer_text_input=(False,))  # fmt: skip
+    former = _build("qformer_config", QFormerConfig, qformer, width="hidden_size", layers="num_hidden_layers",
+                    heads="num_attention_heads", mlp="intermediate_size", vision_width="encoder_hidden_size",
+                    cross_every="cross_attention_frequency", dropout="hidden_dropout_prob",
+                    attn_dropout="attention_probs_dropout_prob", eps="layer_norm_eps")  # fmt: skip
+
+    _refuse_unless("a language model", text, model_type=("mt5", "t5"))  # decoder-only ones (OPT, BLOOMZ) are out of scope
+    is_mt5 = text.get("model_type") == "mt5"
+    text = (_MT5_DEFAULTS if is_mt5 else _T5_DEFAULTS) | {k: v for k, v in text.items() if v is not None}
+    _refuse_unless("a language model", text, feed_forward_proj=("gated-gelu",), is_gated_act=(True,),
+                   dense_act_fn=("gelu_new", "gelu"), decoder_start_token_id=(text["pad_token_id"],),
+                   scale_decoder_outputs=(False,))  # fmt: skip
+    if not is_mt5:  # T5's tied models rescale the decoder's output; flan-t5, which BLIP-2 uses, is untied
+        _refuse_unless("a T5", text, tie_word_embeddings=(False,))
+    text.setdefault("num_decoder_layers", text["num_layers"])
+    mt5 = _build("text_config", MT5Config, text | {"gelu": "none" if text.get("dense_act_fn") == "gelu" else "tanh"},
+                 vocab="vocab_size", width="d_model", heads="num_heads", head_width="d_kv", mlp="d_ff",
+                 layers="num_layers", decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
+                 max_distance="relative_attention_max_distance", dropout="dropout_rate", eps="layer_norm_epsilon",
+                 gelu="gelu", pad="pad_token_id", eos="eos_token_id")  # fmt: skip
+    queries = hf.get("num_query_tokens", 32)
+    if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
+        raise WeightsError(f"config.json: num_query_tokens = {queries!r}")
+    try:
+        return MBLIPConfig(vit=vit, qformer=former, mt5=mt5, queries=queries)
+    except ValueError as error:
+        raise WeightsError(f"config.json: {error}") from None
+
+
+def config_to_hf(cfg: MBLIPConfig, image_token: int) -> dict:
+    """The official `config.json` (as a dict) of a model; `image_token` is the piece id that transformers >= 4.55
+    replaces by the picture's vectors: the first row of the embedding that the tokenizer cannot produce."""
+    assert image_token < cfg.mt5.vocab, f"image_token {image_token} has no row in an embedding of {cfg.mt5.vocab}"
+    v, q, t = cfg.vit, cfg.qformer, cfg.mt5
+    return {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "num_query_tokens": cfg.queries,
+        "image_token_index": image_token,
+        "use_decoder_only_language_model": False,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "blip_2_vision_model",
+            "image_size": v.image_size, "patch_size": v.patch_size, "hidden_size": v.width,
+            "num_hidden_layers": v.layers, "num_attention_heads": v.heads, "intermediate_size": v.mlp,
+            "layer_norm_eps": v.eps, "hidden_act": "gelu", "attention_dropout": 0.0, "qkv_bias": True,
+        },
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "hidden_size": q.width, "num_hidden_layers": q.layers, "num_attention_heads": q.heads,
+            "intermediate_size": q.mlp, "encoder_hidden_size": q.vision_width,
+            "cross_attention_frequency": q.cross_every, "hidden_dropout_prob": q.dropout,
+            "attention_probs_dropout_prob": q.attn_dropout, "layer_norm_eps": q.eps, "hidden_act": "gelu",
+        },
+        "text_config": {
+            "model_type": "mt5",
+            "vocab_size": t.vocab, "d_model": t.width, "num_heads": t.heads, "d_kv": t.head_width, "d_ff": t.mlp,
+            "num_layers": t.layers, "num_decoder_layers": t.decoder_layers,
+            "relative_attention_num_buckets": t.buckets, "relative_attention_max_distance": t.max_distance,
+            "dropout_rate": t.dropout, "layer_norm_epsilon": t.eps, "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": {"tanh": "gelu_new", "none": "gelu"}[t.gelu], "is_gated_act": True,
+            "tie_word_embeddings": False, "pad_token_id": t.pad, "eos_token_id": t.eos,
+            "decoder_start_token_id": t.pad, "is_encoder_decoder": True,
+        },
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict | list:
+    """Parse a JSON file; raises WeightsError naming it when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, absurd numbers
+        raise WeightsError(f"{path}: not readable as JSON ({error})") from None
+
+
+def open_safetensors(path: Path):
+    """`safe_open` with errors that name the file; raises WeightsError."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: damaged, truncated or not a safetensors file ({error}); restore or make it again"
+        ) from None
+
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Official key -> the safetensors file of `folder` that holds it: one `model.safetensors`, or shards and an index."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise WeightsError(f"{index}: no weight_map of key -> file name")
+        bad = [name for name in weight_map.values() if name != Path(name).name or not name.endswith(".safetensors")]
+        if bad:  # a hostile index could point anywhere
+            raise WeightsError(f"{index}: {bad[0]!r} is not the plain name of a safetensors file in this folder")
+        found = {}
+        for name in sorted(set(weight_map.values())):
+            with open_safetensors(folder / name) as shard:
+                found.update(dict.fromkeys(shard.keys(), folder / name))
+        if {key: path.name for key, path in found.items()} != weight_map:
+            odd = sorted(set(weight_map.items()) ^ {(key, path.name) for key, path in found.items()})[0]
+            raise WeightsError(f"{index}: disagrees with its shards about {odd[0]!r}")
+        return found
+    if single.exists():
+        with open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if pickles:
+        raise WeightsError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when opened, so it is never read; get the "
+            "safetensors version, or save the model with transformers' save_pretrained, which writes safetensors"
+        )
+    raise WeightsError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32) -> MBLIP:
+    """Build the model of a folder in the official layout and fill it, strictly; returns it in eval mode.
+
+    Raises WeightsError for a missing or damaged file, an unknown or a missing key, a wrong shape or a tensor that is
+    not floating point.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    cfg = config_from_hf(read_json(folder / "config.json"))
+    with torch.device("meta"):
+        model = MBLIP(cfg)
+    targets = {official: mine for mine, official in official_names(model).items()}
+    found = find_tensors(folder)
+    shared = "language_model.shared.weight"
+    aliases = [key for key in EMBED_ALIASES if key in found]
+    if shared not in found and aliases:
+        found[shared] = found[aliases[0]]
+    unknown = sorted(set(found) - set(targets) - set(aliases))
+    missing = sorted(set(targets) - set(found))
+    for what, keys in (("unknown", unknown), ("missing", missing)):
+        if keys:
+            raise WeightsError(f"{folder}: {len(keys)} {what} key(s), first {keys[0]!r}: these are not the weights of its config.json")
+    parameters = dict(model.named_parameters())
+    for path in sorted(set(found.values())):
+        with open_safetensors(path) as file:
+            keys = set(file.keys())
+            for key in sorted(k for k in found if found[k] == path and k in targets):
+                stored = key if key in keys else aliases[0]
+                value = _read_tensor(file, path, stored, parameters[targets[key]].shape).to(dtype)
+                _set_parameter(model, targets[key], value)
+            for key in (k for k in aliases if k in keys):  # second names must hold the same embedding
+                if found[key] == path and not torch.equal(file.get_tensor(key).to(dtype), model.mt5.embed.weight):
+                    raise WeightsError(f"{path}: {key} differs from {shared}; three embeddings are not implemented")
+    return model.eval()
+
+
+def _read_tensor(file, path: Path, key: str, shape) -> torch.Tensor:
+    """One tensor of an open safetensors file, its shape and type checked."""
+    try:
+        found = tuple(file.get_slice(key).get_shape())
+        if found != tuple(shape):
+            raise WeightsError(f"{path}: {key} has shape {found}, its config.json wants {tuple(shape)}")
+        value = file.get_tensor(key)
+    except (SafetensorError, RuntimeError) as error:
+        raise WeightsError(f"{path}: {key} cannot be read ({error})") from None
+    if not value.is_floating_point():
+        raise WeightsError(f"{path}: {key} is {value.dtype}, expected floating point")
+    return value
+
+
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor):
+    """Put a tensor where a (meta) parameter was."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomic(path: Path, write) -> None:
+    """Let `write(temporary path)` make a file, then put it in place of `path` in one step.
+
+    The bytes are on the disk (fsync) before the name changes, so that `path` is at all times either the old file or
+    the whole new one, also after a power cut. Raises OSError (disk full, no permission) with `path` left as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name itself
+    finally:
+        os.close(directory)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON for people (indented, UTF-8), atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; raises WeightsError naming the path when the disk refuses."""
+
+    def write(temporary):
+        try:
+            save_file({key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary, metadata=metadata)
+        except SafetensorError as error:  # safetensors wraps "No space left on device" and the like
+            raise OSError(str(error)) from None
+
+    try:
+        write_atomic(Path(path), write)
+    except OSError as error:
+        raise WeightsError(f"{path}: not written ({error}); the previous file is untouched, free some space") from None
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    sha = hashlib.sha256()
+    for key in sorted(tensors):
+        t = tensors[key].detach().contiguous().cpu()
+        sha.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
+        sha.update(t.view(-1).view(torch.uint8).numpy() if t.numel() else b"")
+    return sha.hexdigest()
+
+
+def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dtype: torch.dtype = torch.float32) -> None:
+    """Write `config.json` and `model.safetensors` in the official layout; transformers opens the folder.
+
+    image_token: see `config_to_hf`; languages: the codes it was trained to answer in, stored as one more key.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, parameters = official_names(model), dict(model.named_parameters())
+    tensors = {official: parameters[mine].to(dtype) for mine, official in names.items()}
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    extra = {} if languages is None else {"languages": sorted(languages)}
+    write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra)

@@ -1,0 +1,68 @@
+"""What several tests share: tiny models with every parameter randomised, and the same model inside transformers."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for anything on the network
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+
+from nanomblip.mblip import MBLIP, MBLIPConfig
+from nanomblip.mt5 import MT5Config
+from nanomblip.qformer import QFormerConfig
+from nanomblip.vit import ViTConfig
+from nanomblip.weights import save_mblip
+
+# Odd on purpose: heads x head width differs from the width, encoder and decoder differ in depth, cross-attention
+# in every second of three Q-Former layers, distances beyond the last bucket.
+TINY = MBLIPConfig(
+    vit=ViTConfig(image_size=20, patch_size=5, width=24, layers=2, heads=3, mlp=40),
+    qformer=QFormerConfig(width=20, layers=3, heads=2, mlp=28, vision_width=24),
+    mt5=MT5Config(vocab=67, width=28, heads=3, head_width=8, mlp=36, layers=2, decoder_layers=3, buckets=8, max_distance=10),
+    queries=5,
+)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0, std: float = 0.15) -> torch.nn.Module:
+    """Give every parameter its own random values, norms (around 1), biases, bias tables and lm_head included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1.0)
+    return model
+
+
+def tiny_mblip(cfg: MBLIPConfig = TINY, seed: int = 0, std: float = 0.15) -> MBLIP:
+    return randomise(MBLIP(cfg), seed, std).eval()
+
+
+def in_transformers(model: MBLIP, folder):
+    """The same model as transformers sees it: saved by our writer, opened by theirs."""
+    from transformers import Blip2ForConditionalGeneration
+
+    save_mblip(model, folder, image_token=model.cfg.mt5.vocab - 1)
+    return Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def transformers_inputs(model: MBLIP, prompt, prompt_mask, images: int = 1):
+    """Prompt and mask with the placeholders that transformers replaces by picture vectors in front."""
+    B, places = prompt.shape[0], images * model.cfg.queries
+    ids = torch.cat([torch.full((B, places), model.cfg.mt5.vocab - 1), prompt], dim=1)
+    return ids, torch.cat([torch.ones(B, places, dtype=torch.long), prompt_mask.long()], dim=1)
+
+
+@pytest.fixture
+def batch():
+    """Two pictures a sample, ragged prompts and labels, for the TINY config."""
+    generator = torch.Generator().manual_seed(1)
+    cfg = TINY
+    image = torch.randn(3, 1, 3, cfg.vit.image_size, cfg.vit.image_size, generator=generator)
+    prompt = torch.randint(3, cfg.mt5.vocab - 1, (3, 9), generator=generator)
+    labels = torch.randint(3, cfg.mt5.vocab - 1, (3, 12), generator=generator)
+    for row, (s, t) in enumerate(((9, 4), (6, 12), (2, 7))):
+        prompt[row, s - 1], prompt[row, s:] = 1, 0
+        labels[row, t - 1], labels[row, t:] = 1, -100
+    return dict(image=image, prompt=prompt, prompt_mask=prompt != 0, labels=labels)
