@@ -1,0 +1,190 @@
+"""What a model can do, measured on the fixed splits of the embedded data.
+
+The question is always "Caption the image in {language}."; an answer counts as right when it is the human-made name,
+ignoring case and outer spaces (exact match), and as in-language when it belongs to the requested language, right or not.
+Languages count equally in every mean.
+"""
+
+import math
+import unicodedata
+from collections import Counter, defaultdict
+
+import torch
+
+from nanomblip.emoji import TEST_ARTISTS, Emoji, pair_split, unit_hash
+from nanomblip.generate import Decoding, generate
+from nanomblip.image import ImageConfig, array_to_tensor
+from nanomblip.languages import LANGUAGES, resource_group, script_group
+from nanomblip.mblip import MBLIP
+from nanomblip.mixture import EVAL_PROMPT
+from nanomblip.tokenizer import Tokenizer
+
+
+def normal(text: str) -> str:
+    """The form in which answers are compared: NFC, no case, no outer or double spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+class LanguageID:
+    """Which language is a short text in? Exact look-up among all known names first, naive Bayes for the rest.
+
+    names: language -> concept -> name. About 90 % of the names occur in one language only, so the table settles most
+    answers; the others are judged by their character 1- to 4-grams (add-one smoothing, all languages equally likely).
+    """
+
+    ORDERS = (1, 2, 3, 4)
+
+    def __init__(self, names: dict[str, dict[str, str]]):
+        self.table = defaultdict(set)  # name -> languages that use it
+        self.counts = {lang: Counter() for lang in names}
+        for lang, of_lang in names.items():
+            for name in of_lang.values():
+                self.table[normal(name)].add(lang)
+                self.counts[lang].update(self.grams(normal(name)))
+        self.totals = {lang: sum(counts.values()) for lang, counts in self.counts.items()}
+        self.kinds = len(set().union(*self.counts.values()))  # different n-grams seen in any language
+
+    def grams(self, text: str) -> list[str]:
+        text = f"^{text}$"
+        return [text[i : i + n] for n in self.ORDERS for i in range(len(text) - n + 1)]
+
+    def guess(self, text: str) -> str:
+        """The most likely language by naive Bayes."""
+        grams = self.grams(normal(text))
+        score = {lang: sum(math.log((counts[g] + 1) / (self.totals[lang] + self.kinds)) for g in grams)
+                 for lang, counts in self.counts.items()}  # fmt: skip
+        return max(score, key=score.get)
+
+    def is_in(self, text: str, lang: str) -> bool:
+        """Is the text in `lang`? A name that several languages share is in each of them; an empty text in none."""
+        if not normal(text):
+            return False
+        known = self.table.get(normal(text))
+        return lang in known if known else self.guess(text) == lang
+
+
+def questions(emoji: Emoji, which: str, langs, limit: int) -> list[tuple[int, str]]:
+    """The (picture, language) items of one measurement, at most `limit` pictures for each language but English.
+
+    which: "pictures" (held-out pictures by the training artists, names of the train split), "validation" (the same on
+    the slice for tuning), "openmoji" or "streamline" (held-out artists), "seen pairs" and "held-out pairs" (training
+    pictures, names of the train and the test split). English always answers all pictures of the split where that is
+    affordable. The choice is by hash, so it is the same in every run.
+    """
+    if which in TEST_ARTISTS:
+        cells, split = emoji.cells_in("artist", (which,)), "train"
+    else:
+        cells, split = {
+            "pictures": (emoji.cells_in("test"), "train"),
+            "validation": (emoji.cells_in("val"), "train"),
+            "seen pairs": (emoji.cells_in("train"), "train"),
+            "held-out pairs": (emoji.cells_in("train"), "test"),
+        }[which]
+    items = []
+    for lang in langs:
+        mine = [p for p in cells if (c := emoji.cells[p][0]) in emoji.names[lang] and pair_split(lang, c) == split]
+        if lang != "en" or "pairs" in which:
+            mine = sorted(mine, key=lambda p: unit_hash("question", which, lang, *emoji.cells[p]))[:limit]
+        items += [(p, lang) for p in mine]
+    return items
+
+
+@torch.no_grad()
+def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji, items, batch: int = 256, progress=None):
+    """Greedy captions for (picture, language) items: a list of strings in the same order.
+
+    Each picture goes through the ViT once, however many languages ask for it.
+    """
+    model.eval()
+    device = model.queries.device
+    pictures = sorted({p for p, _ in items})
+    row = {p: i for i, p in enumerate(pictures)}
+    features = torch.cat([model.image_features(array_to_tensor(emoji.pictures[pictures[i : i + batch]], image)[:, None].to(device))
+                          for i in range(0, len(pictures), batch)])  # (P, 1, N, Dv)  # fmt: skip
+    answers = []
+    for i in range(0, len(items), batch):
+        part = items[i : i + batch]
+        prompt = tokenizer.batch([EVAL_PROMPT.format(L=LANGUAGES[lang].name) for _, lang in part]).to(device)
+        found = generate(model, None, prompt, features=features[[row[p] for p, _ in part]], vocab=len(tokenizer),
+                         decoding=Decoding(max_new_tokens=24))  # fmt: skip
+        answers += [tokenizer.decode(best[0].ids) for best in found]
+        if progress is not None:
+            progress.update(len(part))
+    return answers
+
+
+def score(emoji: Emoji, items, answers, language_id: LanguageID) -> dict[str, dict[str, float]]:
+    """language -> {"n", "exact", "in_language"}: number of questions and shares in 0..1."""
+    rows = defaultdict(list)
+    for (picture, lang), text in zip(items, answers, strict=True):
+        right = normal(text) == normal(emoji.names[lang][emoji.cells[picture][0]])
+        rows[lang].append((right, language_id.is_in(text, lang)))
+    return {lang: dict(n=len(r), exact=sum(a for a, _ in r) / len(r), in_language=sum(b for _, b in r) / len(r))
+            for lang, r in rows.items()}  # fmt: skip
+
+
+MEASUREMENTS = ("pictures", "openmoji", "streamline", "seen pairs", "held-out pairs")
+
+
+def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, limit: int = 40, measurements=MEASUREMENTS, progress=None):
+    """All measurements of a model over `langs`.
+
+    Returns (results, examples): results[measurement][language] as in `score`; examples are 12 dicts with the answers to
+    held-out pictures, in languages of different scripts, chosen by hash and not by how good they look.
+    """
+    asked = {which: questions(emoji, which, langs, limit) for which in measurements}
+    if progress is not None:
+        progress.reset(total=sum(map(len, asked.values())))
+    language_id = LanguageID(emoji.names)
+    results, examples = {}, []
+    for which, items in asked.items():
+        if not items:
+            continue
+        answers = answer(model, tokenizer, image, emoji, items, progress=progress)
+        results[which] = score(emoji, items, answers, language_id)
+        if which == measurements[0]:
+            examples = pick_examples(emoji, items, answers)
+    return results, examples
+
+
+def pick_examples(emoji: Emoji, items, answers, count: int = 12) -> list[dict]:
+    """A few answers for people to look at: English first, then languages that take turns over the script groups."""
+    by_group = defaultdict(list)
+    order = sorted(range(len(items)), key=lambda i: unit_hash("example", *map(str, items[i])))
+    for i in order:
+        by_group["English" if items[i][1] == "en" else script_group(items[i][1])].append(i)
+    groups = sorted(by_group, key=lambda g: (g != "English", g))
+    turns = [by_group[g][turn] for turn in range(count) for g in groups if turn < len(by_group[g])]
+    chosen = []
+    for i in turns[:count]:
+        picture, lang = items[i]
+        concept, artist = emoji.cells[picture]
+        chosen.append(dict(lang=lang, concept=concept, artist=artist, english=emoji.names["en"][concept],
+                           name=emoji.names[lang][concept], answer=answers[i]))  # fmt: skip
+    return chosen
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def table(results: dict) -> str:
+    """The results as a table for people: a row a language group, exact match in percent a measurement, one column for
+    the share of answers in the requested language."""
+    first = next(iter(results.values()))
+    groups = {"English": [lang for lang in first if lang == "en"], "all other": [lang for lang in first if lang != "en"]}
+    for group_of, title in ((script_group, "script"), (resource_group, "resources")):
+        for lang in first:
+            if lang != "en":
+                groups.setdefault(f"{title}: {group_of(lang)}", []).append(lang)
+    percent = lambda share: "-" if share is None else f"{100 * share:.1f}"
+    header = ["language group", "languages", *results, "in language"]
+    rows = [header]
+    for group, langs in groups.items():
+        if langs:
+            cells = [percent(mean(r[lang]["exact"] for lang in langs if lang in r)) for r in results.values()]
+            rows.append([group, str(len(langs)), *cells, percent(mean(first[lang]["in_language"] for lang in langs))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,69 @@
+"""Command lines from dataclasses: each field is a flag, with its default, its choices and a reason.
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = flag(1000, "optimizer steps")
+
+    cfg = parse_flags(Config, argv, "What the script does.")
+
+Booleans become `--name / --no_name`. An unknown flag fails with the nearest known one; every error is one line on stderr
+and exit status 2.
+"""
+
+import argparse
+import difflib
+import sys
+from dataclasses import MISSING, field, fields
+
+
+def flag(default, help: str, choices: tuple | None = None, many: bool = False):
+    """A dataclass field with what the command line needs to know about it; `many` takes one or more values."""
+    return field(default=default, metadata={"help": help, "choices": choices, "many": many})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_flags(cls, argv: list[str], description: str):
+    """Build the dataclass `cls` from command-line words; exits with status 2 and one line on anything wrong."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(cls):
+        kind = f.type if isinstance(f.type, type) else type(f.default)
+        options = dict(default=f.default, help=f.metadata["help"])
+        if kind is bool:  # never type=bool: bool("False") is True
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=str if f.default is None or f.metadata["many"] else kind, choices=f.metadata["choices"])
+            options |= dict(metavar=f.name.upper()) if f.metadata["choices"] is None else {}
+            options |= dict(nargs="+") if f.metadata["many"] else {}
+        assert f.default is not MISSING, f"{f.name} needs a default"
+        names = [f"--{f.name}"]
+        parser.add_argument(*names, **options)
+    for action in parser._actions:  # argparse writes --no-name, all other flags here have underscores
+        action.option_strings = [s.replace("--no-", "--no_") for s in action.option_strings]
+    parser._option_string_actions = {s: a for a in parser._actions for s in a.option_strings}
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        parser.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return cls(**vars(known))
+
+
+def run_main(main) -> None:
+    """Run a script's `main(argv)`; what the user can mend is one line on stderr and exit status 2, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show Khmer must not end the program
+    try:
+        status = main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:  # `python sample.py ... | head -1`
+        status = 141
+    except KeyboardInterrupt:
+        status = 130
+    sys.stderr.flush()
+    raise SystemExit(status)

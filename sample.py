@@ -1,0 +1,137 @@
+"""Caption pictures: `python sample.py --image data/cat.png --lang sw`.
+
+The text goes to stdout, one line a picture; which weights were used, and anything that went wrong, to stderr. With
+several pictures a bad one is reported at the end and the rest still answered (exit status 1 then).
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanomblip.flags import flag, parse_flags, run_main
+from nanomblip.generate import DECODING, Decoding, generate
+from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
+from nanomblip.languages import LANGUAGES, parse_lang
+from nanomblip.mblip import PRESETS
+from nanomblip.mixture import EVAL_PROMPT
+from nanomblip.tokenizer import Tokenizer
+from nanomblip.weights import load_mblip, read_json, write_atomic
+
+HERE = Path(__file__).resolve().parent
+MAX_PROMPT = 256  # pieces, the paper's limit in evaluation
+
+
+@dataclass(frozen=True)
+class Config:
+    image: list = flag((), "pictures, or folders of pictures", many=True)
+    lang: str = flag("en", "language of the answer: a code, an English name or an alias")
+    prompt: str = flag("", f"what to ask, {{L}} = the language's English name; default: {EVAL_PROMPT!r}")
+    model: str = flag("", "a run folder, a folder in the official layout, nano, or the name of an official checkpoint; "
+                          "default: weights/nano if it is there, else the newest run in out/")  # fmt: skip
+    preset: str = flag("greedy", "decoding settings, of which the flags below override single ones", tuple(DECODING))
+    num_beams: int = flag(0, "beams; 0 = as in the preset")
+    max_new_tokens: int = flag(0, "longest answer in pieces; 0 = as in the preset")
+    num_return: int = flag(1, "how many answers a picture, best first; needs as many beams")
+    sample: bool = flag(False, "draw from the distribution instead of taking the most probable")
+    temperature: float = flag(1.0, "with --sample: above 1 is wilder")
+    top_p: float = flag(1.0, "with --sample: keep the fewest pieces that hold this much probability")
+    length_penalty: float = flag(float("nan"), "with beams: above 0 favours long answers; nan = as in the preset")
+    repetition_penalty: float = flag(float("nan"), "above 1 avoids repeating; nan = as in the preset")
+    seed: int = flag(0, "of --sample")
+    batch: int = flag(16, "pictures at a time")
+    out: str = flag("", "write the answers as JSON lines to this file instead of stdout")
+    device: str = flag("auto", "auto, cpu or cuda")
+
+
+def find_model(name: str) -> Path:
+    """The folder that --model means; FileNotFoundError says what to run when there is none."""
+    shipped, runs = HERE / "weights" / "nano", Path("out")
+    if name and Path(name).is_dir():
+        return Path(name)
+    if name in ("", "nano") and (shipped / "config.json").exists():
+        return shipped
+    if name == "":
+        done = [path.parent for path in runs.glob("*/model.safetensors") if (path.parent / "config.json").exists()]
+        if done:
+            return max(done, key=lambda run: (run / "model.safetensors").stat().st_mtime)
+    if name in PRESETS and (HERE / "weights" / name / "config.json").exists():
+        return HERE / "weights" / name
+    if name in PRESETS and name != "nano":
+        raise FileNotFoundError(f"--model {name}: put its config.json, safetensors, spiece.model and preprocessor_config.json "
+                                f"(Gregor/{name} on the Hugging Face hub) into weights/{name}")  # fmt: skip
+    if name in ("", "nano"):
+        raise FileNotFoundError("no trained weights here yet; make some with: python train.py --lang_mix all (about ten minutes)")
+    raise FileNotFoundError(f"--model {name}: no such folder, and none of {', '.join(PRESETS)}")
+
+
+def spoken(folder: Path) -> list[str] | None:
+    """The languages that a model says it was trained to answer in; None (the official ones do not say) means all 96."""
+    config = read_json(folder / "config.json")
+    return config.get("languages") if isinstance(config, dict) else None
+
+
+def decoding_of(cfg: Config) -> Decoding:
+    """The preset with the flags that were given put over it."""
+    changes = {name: getattr(cfg, name) for name in ("num_beams", "max_new_tokens") if getattr(cfg, name)}
+    changes |= {n: getattr(cfg, n) for n in ("length_penalty", "repetition_penalty") if getattr(cfg, n) == getattr(cfg, n)}
+    changes |= dict(num_return=cfg.num_return, seed=cfg.seed)
+    if cfg.sample:
+        changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=1)
+    elif (cfg.temperature, cfg.top_p) != (1.0, 1.0):
+        raise ValueError("--temperature and --top_p change nothing without --sample")
+    return replace(DECODING[cfg.preset], **changes)
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config, argv, "Caption pictures in one of many languages.")
+    files = list_images(list(cfg.image))
+    folder, decoding = find_model(cfg.model), decoding_of(cfg)
+    lang = parse_lang(cfg.lang, spoken(folder))
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.batch < 1:
+        raise ValueError(f"--batch {cfg.batch}: at least 1")
+    question = (cfg.prompt or EVAL_PROMPT).replace("{L}", LANGUAGES[lang].name)
+    if not question.strip():
+        raise ValueError("--prompt is empty; leave it out for a caption")
+
+    tokenizer = Tokenizer(folder / "spiece.model")
+    size = ImageConfig.from_hf(read_json(folder / "preprocessor_config.json"))
+    model = load_mblip(folder).to(device)
+    print(f"{sys.argv[0]}: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
+    ids = tokenizer.encode(question, MAX_PROMPT)
+    if len(ids) == MAX_PROMPT:
+        print(f"{sys.argv[0]}: the prompt is longer than {MAX_PROMPT} pieces; its end is left out", file=sys.stderr)
+
+    lines, bad = [], []
+    for start in range(0, len(files), cfg.batch):
+        good, images = [], []
+        for file in files[start : start + cfg.batch]:
+            try:
+                images.append(image_to_tensor(load_image(file), size))
+                good.append(file)
+            except ImageError as error:
+                bad.append(error)
+        if not good:
+            continue
+        prompt = torch.tensor([ids] * len(good), device=device)
+        found = generate(model, torch.stack(images)[:, None].to(device), prompt, decoding=decoding, vocab=len(tokenizer))
+        for file, hypotheses in zip(good, found):
+            texts = [" ".join(tokenizer.decode(h.ids).split()) for h in hypotheses]
+            lines.append(json.dumps(dict(image=str(file), lang=lang, prompt=question, text=texts[0], texts=texts), ensure_ascii=False))
+            if not cfg.out:
+                for text in texts:
+                    print(text if len(files) == 1 else f"{file}\t{text}", flush=True)
+    if cfg.out:
+        write_atomic(Path(cfg.out), lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
+    for error in bad:
+        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+    if len(files) > 1 and bad:
+        print(f"{sys.argv[0]}: {len(bad)} of {len(files)} pictures could not be read", file=sys.stderr)
+    return 0 if not bad else 2 if len(bad) == len(files) else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,456 @@
+"""Train nanomblip: `python train.py --lang_mix all`.
+
+Reads top to bottom: config, data, model, what is trained, the loop, evaluation, record. Everything a run makes goes to
+out/<run>/: the model in the official layout (config.json, model.safetensors, preprocessor_config.json, spiece.model),
+loss.csv and validation.csv, state.safetensors (to go on from), train.json (the config) and record.json (the results).
+
+Every random choice is a function of (seed, step), so `--resume out/<run>` ends with the same bits as an uninterrupted run
+on the same machine. Ctrl-C and SIGTERM save and exit.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from nanomblip.emoji import ROOT as DATA
+from nanomblip.emoji import load_emoji
+from nanomblip.evaluate import MEASUREMENTS, evaluate, mean, table
+from nanomblip.flags import flag, parse_flags, run_main
+from nanomblip.image import ImageConfig
+from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
+from nanomblip.mblip import MBLIP, PRESETS
+from nanomblip.mixture import Batches, Mixture, parse_tasks
+from nanomblip.tokenizer import Tokenizer
+from nanomblip.weights import (WeightsError, digest, load_mblip, open_safetensors, read_json, save_mblip, save_tensors,
+                               write_json)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every field is a flag of the command line; the resolved values are stored with the run."""
+
+    lang_mix: str = flag("all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi")
+    lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
+    hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
+    tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
+    concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
+    init: str = flag("random", "starting weights: random (of size nano), or a folder in the official layout")
+    train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
+                              "(ViT and language model too); auto = everything from random weights, else all",
+                      ("auto", "projection", "all", "everything"))  # fmt: skip
+    steps: int = flag(1500, "optimizer steps")
+    batch: int = flag(64, "examples in a micro-batch")
+    accumulate: int = flag(1, "micro-batches in an optimizer step")
+    lr: float = flag(2e-3, "peak learning rate")
+    warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
+    weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
+    beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
+    clip: float = flag(1.0, "largest gradient norm")
+    views: int = flag(4, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    seed: int = flag(0, "seed of everything random")
+    eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
+    eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
+    save_every: float = flag(120.0, "seconds between checkpoints")
+    workers: int = flag(0, "processes that prepare batches; cannot change the data")
+    device: str = flag("auto", "auto, cpu or cuda")
+    out: str = flag("out", "folder of all runs")
+    run: str = flag("", "name of this run; default: date, time and languages")
+    resume: str = flag("", "folder of a run to go on with; takes its config from there")
+
+    def __post_init__(self):
+        for name, low in dict(steps=1, batch=1, accumulate=1, warmup=0, weight_decay=0, views=0, seed=0, workers=0,
+                              eval_pictures=1, eval_every=0, save_every=0).items():  # fmt: skip
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= low):
+                raise ValueError(f"--{name} {value}: at least {low}")
+        for name in ("lr", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
+        if not 0 < self.beta2 < 1:
+            raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
+        if self.run != Path(self.run).name:
+            raise ValueError(f"--run {self.run!r}: a plain name, the folder is --out")
+
+
+# What does not belong to the experiment and may differ when a run goes on.
+MACHINE = ("save_every", "workers", "device", "out", "run", "resume")
+
+
+def resumed_config(cfg: Config, argv: list[str]) -> Config:
+    """The stored config of the run to resume, with this call's MACHINE flags; refuses flags that contradict it."""
+    stored = read_json(Path(cfg.resume) / "train.json")
+    if not isinstance(stored, dict) or set(stored) != {f.name for f in fields(Config)}:
+        raise ValueError(f"{cfg.resume}/train.json does not fit this version of train.py; start a new run")
+    given = {word.split("=")[0].removeprefix("--").removeprefix("no_") for word in argv if word.startswith("--")}
+    for name in given - set(MACHINE):
+        if getattr(cfg, name) != stored[name]:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: the run to resume has {stored[name]}; leave the flag out")
+    return Config(**stored | {name: getattr(cfg, name) for name in MACHINE})
+
+
+# -------------------------------------------------------------------------------------------------- what is trained
+
+
+def model_parts(model: MBLIP) -> dict[str, list[nn.Module | nn.Parameter]]:
+    """The parts as the paper counts them."""
+    return {"ViT": [model.vit], "Q-Former": [model.qformer], "queries": [model.queries],
+            "projection": [model.proj], "language model": [model.mt5]}  # fmt: skip
+
+
+TRAINED = {
+    "projection": ("projection",),
+    "all": ("Q-Former", "queries", "projection"),
+    "everything": ("ViT", "Q-Former", "queries", "projection", "language model"),
+}
+
+
+def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
+    """Freeze all parts but those named."""
+    for name, pieces in model_parts(model).items():
+        for piece in pieces:
+            piece.requires_grad_(name in names)
+
+
+def parameter_groups(model: MBLIP, weight_decay: float) -> list[dict]:
+    """Trained parameters in two groups for AdamW: with decay and without.
+
+    Decayed are the matrices of linear, convolution and embedding layers, found by module type. Norms, biases, position
+    tables and queries are not: pulling a norm towards 0 or a query towards the others helps nobody. (The original code
+    went by substrings and so decayed the Q-Former's first norm, which is spelled "layernorm".)
+    """
+    decayed, rest = [], []
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                is_matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name == "weight"
+                (decayed if is_matrix else rest).append(p)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+
+def parts_table(model: MBLIP, lr: float) -> str:
+    """For people, before step 0: parameters, what is trained, type, bytes and learning rate of each part."""
+    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>10}{'MB':>9}{'peak lr':>10}"]
+    total = [0, 0, 0]
+    for name, pieces in model_parts(model).items():
+        ps = [p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])]
+        row = [sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad), sum(p.nbytes for p in ps)]
+        total = [a + b for a, b in zip(total, row)]
+        kind = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in ps}))
+        rate = f"{lr:g}" if row[1] else "-"
+        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>10}{row[2] / 1e6:>9.1f}{rate:>10}")
+    return "\n".join([*lines, f"{'all':<16}{total[0]:>14,}{total[1]:>14,}{'':>10}{total[2] / 1e6:>9.1f}"])
+
+
+def add_checkpointing(model: MBLIP) -> None:
+    """Let every block drop its activations and compute them again in the backward pass (Chen et al. 2016)."""
+    for stack in (model.vit, model.qformer, model.mt5.encoder, model.mt5.decoder):
+        for block in stack.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up, then a cosine to 0 at the last step."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+@torch.no_grad()
+def cache_features(model: MBLIP, batches: Batches, device) -> torch.Tensor:
+    """The frozen ViT's view of every training picture in `views` random crops: (P, views, N, Dv), on the CPU.
+
+    Pictures outside the training split stay zero; nothing asks for them.
+    """
+    import random
+
+    cells, seed = batches.mixture.cells, batches.mixture.seed
+    vit = model.cfg.vit
+    cache = torch.zeros(len(batches.mixture.emoji.cells), batches.views, vit.tokens, vit.width)
+    jobs = [(p, v) for p in cells for v in range(batches.views)]
+    for i in tqdm(range(0, len(jobs), 256), desc="frozen ViT", leave=False):
+        part = jobs[i : i + 256]
+        image = torch.stack([batches.augmented(p, random.Random(f"{seed}/{p}/{v}")) for p, v in part])[:, None]
+        features = model.image_features(image.to(device))[:, 0].cpu()
+        for (p, v), row in zip(part, features):
+            cache[p, v] = row
+    return cache
+
+
+# ------------------------------------------------------------------------------------------------ saving and resuming
+
+
+class State:
+    """What a run needs to go on: trained parameters, AdamW's moments, the step; one file, written atomically.
+
+    The last two are kept (state.safetensors and state.previous.safetensors). Each carries the sha256 of its content, so
+    a damaged one is noticed and the older one taken.
+    """
+
+    def __init__(self, folder: Path, model: MBLIP, optimizer: torch.optim.AdamW):
+        self.path, self.older = folder / "state.safetensors", folder / "state.previous.safetensors"
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.frozen = digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
+        self.optimizer = optimizer
+
+    def save(self, step: int, seconds: float) -> None:
+        tensors = {f"parameter.{name}": p for name, p in self.trained.items()}
+        for name, p in self.trained.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if p in self.optimizer.state:
+                    tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
+        meta = dict(step=str(step), seconds=str(seconds), frozen=self.frozen, sha256=digest(tensors), torch=torch.__version__)
+        if self.path.exists():
+            os.replace(self.path, self.older)
+        save_tensors(self.path, tensors, meta)
+
+    def load(self) -> tuple[int, float]:
+        """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is none."""
+        problems = []
+        for path in (self.path, self.older):
+            if path.exists():
+                try:
+                    return self._load(path)
+                except WeightsError as error:
+                    problems.append(str(error))
+                    print(f"{error}; trying the one before", file=sys.stderr)
+        if problems:
+            raise WeightsError(f"{self.path.parent}: no undamaged state to resume from; start a new run")
+        return 0, 0.0
+
+    def _load(self, path: Path) -> tuple[int, float]:
+        with open_safetensors(path) as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if digest(tensors) != meta.get("sha256"):
+            raise WeightsError(f"{path}: its content does not have the sha256 it was written with")
+        if meta["frozen"] != self.frozen:
+            raise WeightsError(f"{path}: belongs to other frozen weights than the run starts from")
+        if {k.split(".", 1)[1] for k in tensors} != set(self.trained):
+            raise WeightsError(f"{path}: holds other parameters than the run trains")
+        step = int(meta["step"])
+        for name, p in self.trained.items():
+            p.data.copy_(tensors[f"parameter.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(float(step), device=p.device),
+                    **{moment: tensors[f"{moment}.{name}"].to(p.device) for moment in ("exp_avg", "exp_avg_sq")},
+                }
+        return step, float(meta["seconds"])
+
+
+class Log:
+    """A CSV file that survives resuming: rows after the step to go on from are dropped and written again."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int):
+        rows = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerows([columns, *rows])
+
+    def add(self, *row):
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+class Interrupt:
+    """Remembers the first Ctrl-C or SIGTERM until the step is over; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = None
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+
+    def release(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process decides
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config, argv, "Train nanomblip on pictures with captions in many languages.")
+    if cfg.resume:
+        cfg, folder = resumed_config(cfg, argv), Path(cfg.resume)
+    else:
+        name = cfg.run or time.strftime("%Y-%m-%d_%H%M%S_") + cfg.lang_mix.replace(",", "-").replace(":", "")[:40]
+        folder = Path(cfg.out) / name
+        if folder.exists():
+            raise ValueError(f"{folder} exists; go on with it by --resume {folder}, or give another --run")
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: auto, cpu or cuda")
+
+    # Data: pictures, names, languages, tasks.
+    emoji = load_emoji(cfg.concepts)
+    mix = parse_lang_mix(cfg.lang_mix, emoji.langs, cfg.lang_alpha)
+    held_out = [parse_lang(word, emoji.langs) for word in cfg.hold_out_langs.split(",") if word.strip()]
+    mix = {lang: p for lang, p in mix.items() if lang not in held_out}
+    if not mix:
+        raise ValueError("--hold_out_langs leaves no language to train on")
+    mix = {lang: p / sum(mix.values()) for lang, p in mix.items()}
+    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed)
+
+    # Model: from random weights or from a folder, then what is frozen.
+    torch.manual_seed(cfg.seed)
+    if cfg.init == "random":
+        source = DATA
+        model = MBLIP(PRESETS["nano"])
+        model.init_weights()
+    else:
+        source = Path(cfg.init)
+        model = load_mblip(source)
+    tokenizer = Tokenizer(source / "spiece.model")
+    image = ImageConfig(size=model.cfg.vit.image_size)
+    if image.size != emoji.pictures.shape[1]:
+        raise ValueError(f"--init {cfg.init}: its ViT wants pictures of {image.size}, the embedded ones have {emoji.pictures.shape[1]}")
+    train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
+    mark_trainable(model, TRAINED[train])
+    model.to(device)
+    vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
+    batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0)
+    if cfg.checkpointing:
+        add_checkpointing(model)
+
+    # Optimizer, and where to go on.
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+    state = State(folder, model, optimizer)
+    step, seconds = state.load() if cfg.resume else (0, 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "train.json", asdict(cfg))
+    write_json(folder / "preprocessor_config.json", image.to_hf())
+    shutil.copyfile(tokenizer.path, folder / "spiece.model")
+
+    def save():
+        state.save(step, seconds)
+        save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
+
+    print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
+    print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
+    print(f"data    {len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
+          f"{sum(map(len, mixture.usable.values())):,} names; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")  # fmt: skip
+    print(parts_table(model, cfg.lr), flush=True)
+
+    features = cache_features(model, batches, device) if batches.views else None
+    loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
+    validation_log = Log(folder / "validation.csv", ("step", "english_exact", "other_exact", "other_in_language"), step)
+    micro = range(step * cfg.accumulate, cfg.steps * cfg.accumulate)
+    loader = iter(DataLoader(batches, batch_size=None, sampler=micro, num_workers=cfg.workers, worker_init_fn=ignore_interrupt))
+    interrupt = Interrupt()
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
+    last_save, average = time.time(), None
+
+    while step < cfg.steps:
+        started = time.time()
+        total_loss = 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        for i in range(cfg.accumulate):
+            torch.manual_seed(step_seed(cfg.seed, step * cfg.accumulate + i))  # dropout: a function of (seed, step)
+            batch = {key: value.to(device) for key, value in next(loader).items()}
+            if features is not None:
+                seen = features[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(device)  # (B, 1, N, Dv)
+            else:
+                with torch.set_grad_enabled(not vit_is_frozen):
+                    seen = model.image_features(batch["image"])
+            model.train()
+            _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
+            (loss / cfg.accumulate).backward()
+            total_loss += loss.item() / cfg.accumulate
+        norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
+        if not (math.isfinite(total_loss) and math.isfinite(norm)):
+            raise ValueError(f"loss {total_loss}, gradient norm {norm:g} at step {step}: stopped before the update; lower "
+                             f"--lr and --resume {folder}, or look at the pictures {batch['picture'].tolist()[:8]} ...")  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seconds += time.time() - started
+
+        loss_log.add(step, f"{total_loss:.6f}", f"{norm:.6f}", f"{learning_rate(cfg, step - 1):.6g}")
+        average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
+        bar.update(1)
+        bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+            results, _ = evaluate(model, tokenizer, image, emoji, mix, 5, ("validation",))
+            english, other = summary(results["validation"])
+            validation_log.add(step, english["exact"], other["exact"], other["in_language"])
+        if interrupt.signal or time.time() - last_save > cfg.save_every:
+            save()
+            last_save = time.time()
+        if interrupt.signal:
+            bar.close()
+            print(f"saved at step {step}; go on with: python train.py --resume {folder}", file=sys.stderr)
+            return 128 + interrupt.signal
+    bar.close()
+    save()
+    interrupt.release()
+
+    # What it can do now: fixed splits, greedy captions.
+    progress = tqdm(desc="evaluate", unit="caption", leave=False)
+    results, examples = evaluate(model, tokenizer, image, emoji, {lang: 1 for lang in (*mix, *held_out)}, cfg.eval_pictures,
+                                 MEASUREMENTS, progress)  # fmt: skip
+    progress.close()
+    print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results)}\n")
+    print("held-out pictures: language, what it is, its name, the model's answer")
+    for e in examples:
+        print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
+    record = dict(
+        config=asdict(cfg), trained=train, seconds=round(seconds, 1), examples_seen=cfg.steps * cfg.accumulate * cfg.batch,
+        final_loss=average, parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=device,
+        model_sha256=digest(dict(model.named_parameters())),
+        summary={which: dict(zip(("english", "other"), summary(r))) for which, r in results.items()},
+        results=results, samples=examples,
+    )  # fmt: skip
+    write_json(folder / "record.json", record)
+    print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
+          f"  python sample.py --model {folder} --image data/cat.png --lang sw")  # fmt: skip
+    return 0
+
+
+def summary(of_language: dict) -> tuple[dict, dict]:
+    """English and the mean over all other languages: exact and in_language, each in 0..1 or None."""
+    rows = [[r for lang, r in of_language.items() if (lang == "en") == is_english] for is_english in (True, False)]
+    return tuple({key: mean(r[key] for r in part) for key in ("exact", "in_language")} for part in rows)
+
+
+def step_seed(seed: int, micro: int) -> int:
+    """A seed for torch's generator from the run's seed and the number of the micro-batch."""
+    return int.from_bytes(sha256(f"{seed}/dropout/{micro}".encode()).digest()[:7], "big")
+
+
+if __name__ == "__main__":
+    run_main(main)
