@@ -349,6 +349,8 @@ def main(argv: list[str]) -> int:
     state = State(folder, model, optimizer)
     step, seconds = state.load() if cfg.resume else (0, 0.0)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):  # of a process killed while it wrote
+        leftover.unlink()
     write_json(folder / "train.json", asdict(cfg))
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")

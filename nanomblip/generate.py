@@ -35,7 +35,7 @@ class Decoding:
     min_new_tokens: int = 0  # pieces before eos may come
     max_new_tokens: int = 32  # eos included
     length_penalty: float = 1.0
-    early_stopping: bool = False  # True: num_beams ended texts are enough; False: see `beam_search`
+    early_stopping: bool = False  # True: num_beams ended texts are enough; False: go on while there is hope of a better one
     num_return: int = 1  # n-best: so many texts a sample, best first
     do_sample: bool = False
     temperature: float = 1.0  # above 1 flattens the distribution, below 1 sharpens it
@@ -51,7 +51,7 @@ class Decoding:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
         if self.num_return > self.num_beams:
-            raise ValueError(f"num_return is {self.num_return}: beam search with {self.num_beams} has no more than num_beams")
+            raise ValueError(f"num_return is {self.num_return}: no more than num_beams, {self.num_beams}")
         if not -10 <= self.length_penalty <= 10:  # comparisons are written so that nan fails
             raise ValueError(f"length_penalty is {self.length_penalty}: it lies between -10 and 10")
         if self.early_stopping not in (False, True):
@@ -90,7 +90,8 @@ def generate(model: MBLIP, image, prompt, prompt_mask=None, decoding=Decoding(),
              vocab=None, seeds=None, on_token=None) -> list[list[Hypothesis]]:  # fmt: skip
     """Write a text for each sample: a list of B lists of up to `num_return` hypotheses, best first.
 
-    image, prompt, prompt_mask, features: as in `MBLIP.forward`; samples may differ in the length of their prompts.
+    image: float (B, I, 3, size, size), or None when `features` (B, I, N, Dv) are given; prompt: long (B, S), with padding
+    where samples differ in length; prompt_mask: bool (B, S), True = a real piece, by default all but the pad id.
     vocab: pieces of the tokenizer; the matrix has rows beyond, which are then never written.
     allowed: bool (V,) or (B, V), or narrower; only pieces that are True are written, and eos.
     seeds: for sampling, one int a sample, `decoding.seed` for each by default. Each sample has its own generator: what
@@ -111,6 +112,7 @@ def generate(model: MBLIP, image, prompt, prompt_mask=None, decoding=Decoding(),
         raise ValueError(f"on_token follows one text: 1 sample and num_beams 1, not {B} and {decoding.num_beams}")
     may = torch.arange(cfg.vocab, device=prompt.device) < vocab  # (V,)
     if allowed is not None:
+        assert allowed.shape[-1] <= cfg.vocab, f"allowed is {tuple(allowed.shape)}, the model has {cfg.vocab} pieces"
         may = may & F.pad(allowed, (0, cfg.vocab - allowed.shape[-1]))
     may = may.expand(B, cfg.vocab).clone()  # (B, V)
     may[:, cfg.eos] = True

@@ -14,6 +14,8 @@ from nanomblip.qformer import QFormerConfig
 from nanomblip.vit import ViTConfig
 from nanomblip.weights import save_mblip
 
+torch.set_num_threads(1)  # the models here are tiny: threads would only wait for each other
+
 # Odd on purpose: heads x head width differs from the width, encoder and decoder differ in depth, cross-attention
 # in every second of three Q-Former layers, distances beyond the last bucket.
 TINY = MBLIPConfig(

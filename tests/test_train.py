@@ -1,0 +1,234 @@
+"""train.py: resuming ends with the same bits, signals save, damage is noticed, only the named parts learn."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from nanomblip.mblip import MBLIP, PRESETS
+from nanomblip.weights import load_mblip
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO = PRESETS["nano"]
+SMALL = replace(
+    NANO,
+    vit=replace(NANO.vit, width=16, layers=1, heads=2, mlp=16),
+    qformer=replace(NANO.qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16, dropout=0.1, attn_dropout=0.1),
+    mt5=replace(NANO.mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1, dropout=0.1),
+    queries=2,
+)
+FLAGS = "--steps 9 --warmup 3 --batch 4 --accumulate 2 --eval_pictures 1 --eval_every 4 --tasks caption,match".split()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "nano", SMALL)
+    monkeypatch.setattr(train, "MEASUREMENTS", ("validation",))
+    yield
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT):
+    """Deliver a real signal to this process while `step` is being finished."""
+
+    class Bar(train.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.desc == "train" and self.n == step:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+
+
+def everything(run):
+    """All that must agree between two runs: parameters, moments, step, written model, logs."""
+    state = load_file(f"out/{run}/state.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(f"out/{run}/state.safetensors", "pt") as file:
+        meta = file.metadata()
+    logs = [Path(f"out/{run}/{name}.csv").read_text() for name in ("loss", "validation")]
+    return meta["sha256"], meta["step"], meta["frozen"], *logs, {k: v.sum().item() for k, v in state.items()}
+
+
+@pytest.mark.parametrize("extra", [(), ("--train", "all", "--views", "2"), ("--workers", "1", "--checkpointing")], ids=str)
+def test_a_resumed_run_ends_with_the_same_bits(monkeypatch, extra):
+    assert train.main([*FLAGS, *extra, "--run", "whole"]) == 0
+    for stop in (1, 4, 8) if not extra else (5,):
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            assert train.main([*FLAGS, *extra, "--run", f"cut{stop}"]) == 128 + signal.SIGINT
+        assert train.main(["--resume", f"out/cut{stop}"]) == 0
+        assert everything(f"cut{stop}") == everything("whole")
+
+
+def test_the_loss_falls_and_the_folder_is_complete():
+    assert train.main([*FLAGS[2:], "--steps", "30", "--lr", "0.01", "--run", "r"]) == 0
+    with open("out/r/loss.csv") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in rows]
+    assert [int(row["step"]) for row in rows] == list(range(1, 31)) and losses[0] - min(losses[-5:]) > 1
+    record = json.loads(Path("out/r/record.json").read_text())
+    assert len(record["results"]["validation"]) == 85 and record["trained_parameters"] == record["parameters"]
+    assert sorted(path.name for path in Path("out/r").iterdir()) == sorted(
+        ["config.json", "model.safetensors", "preprocessor_config.json", "spiece.model", "train.json", "loss.csv",
+         "validation.csv", "record.json", "state.safetensors"])  # fmt: skip
+    model = load_mblip("out/r")
+    assert model.cfg == SMALL and train.digest(dict(model.named_parameters())) == record["model_sha256"]
+
+
+@pytest.mark.parametrize("which,parts", train.TRAINED.items())
+def test_only_the_named_parts_learn(which, parts):
+    torch.manual_seed(0)
+    before = MBLIP(SMALL)
+    before.init_weights()
+    assert train.main([*FLAGS, "--train", which, "--run", which]) == 0
+    after = load_mblip(f"out/{which}")
+    moved = {name: any(not torch.equal(p, q) for p, q in zip(flat(before)[name], flat(after)[name])) for name in flat(before)}
+    assert moved == {name: name in parts for name in moved}
+
+
+def flat(model):
+    return {name: [p for piece in pieces for p in (piece.parameters() if isinstance(piece, torch.nn.Module) else [piece])]
+            for name, pieces in train.model_parts(model).items()}  # fmt: skip
+
+
+def test_going_on_from_a_folder_trains_what_the_paper_trains():
+    assert train.main([*FLAGS, "--run", "base"]) == 0
+    assert train.main([*FLAGS, "--init", "out/base", "--run", "next"]) == 0
+    assert json.loads(Path("out/next/record.json").read_text())["trained"] == "all"
+    a, b = load_mblip("out/base"), load_mblip("out/next")
+    assert torch.equal(a.vit.pos_embed, b.vit.pos_embed) and torch.equal(a.mt5.embed.weight, b.mt5.embed.weight)
+    assert not torch.equal(a.queries, b.queries)
+
+
+def test_weight_decay_goes_by_module_type():
+    model = MBLIP(SMALL)
+    decayed, rest = train.parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rest = {names[id(p)] for p in rest["params"]}
+    assert len(rest) + len(decayed["params"]) == len(names)
+    assert {"queries", "qformer.norm.weight", "vit.pos_embed", "mt5.encoder.bias.weight", "proj.bias"} <= rest
+    assert all("norm" in n or n.endswith("bias") or n in ("queries", "vit.pos_embed", "vit.cls_token", "mt5.encoder.bias.weight",
+               "mt5.decoder.bias.weight") for n in rest)  # fmt: skip
+    assert all("norm" not in names[id(p)] and names[id(p)].endswith("weight") for p in decayed["params"])
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero():
+    cfg = train.Config(steps=100, warmup=10, lr=1.0)
+    rates = [train.learning_rate(cfg, s) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_a_damaged_state_is_noticed_and_the_one_before_taken(monkeypatch, capsys):
+    assert train.main([*FLAGS, "--run", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        train.main([*FLAGS, "--save_every", "0", "--run", "cut"])
+    newest = Path("out/cut/state.safetensors")
+    data = bytearray(newest.read_bytes())
+    data[-100] ^= 1  # a flipped bit in a tensor, which safetensors itself cannot see
+    newest.write_bytes(data)
+    assert train.main(["--resume", "out/cut"]) == 0
+    assert "sha256" in capsys.readouterr().err
+    assert everything("cut") == everything("whole")
+    for path in Path("out/cut").glob("state*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no undamaged state"):
+        train.main(["--resume", "out/cut"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
+    before = {}
+    forward = MBLIP.forward
+
+    def poisoned(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        before["model"] = self
+        before["digest"] = train.digest(dict(self.named_parameters()))
+        return logits, loss * float("nan")
+
+    monkeypatch.setattr(MBLIP, "forward", poisoned)
+    with pytest.raises(ValueError, match="loss nan.*step 0"):
+        train.main([*FLAGS, "--run", "nan"])
+    assert train.digest(dict(before["model"].named_parameters())) == before["digest"]
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--steps 0", "--steps 0"), ("--steps x", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--beta2 1", "--beta2"),
+    ("--lang_mix klingon", "klingon"), ("--lang_mix sw:0", "--lang_mix"), ("--lang_alpha nan", "--lang_alpha"),
+    ("--tasks dance", "--tasks"), ("--concepts some", "--concepts"), ("--train nothing", "--train"), ("--init nowhere", "nowhere"),
+    ("--run a/b", "--run"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
+    ("--lang_mix sw --hold_out_langs sw", "--hold_out_langs"), ("--batch 4.5", "--batch"), ("--no_checkpointin", "checkpointing"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        train.run_main(train.main)
+    err = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and words in err and "\n" not in err
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_flags():
+    Path("out/r").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--resume out/r"):
+        train.main([*FLAGS, "--run", "r"])
+    assert train.main([*FLAGS, "--run", "s"]) == 0
+    with pytest.raises(ValueError, match="--lr 0.5: the run to resume has"):
+        train.main(["--resume", "out/s", "--lr", "0.5"])
+
+
+def process(*flags):
+    """A real `python train.py` on the small model, as a process that can be killed."""
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import train, test_train\n"
+            "train.PRESETS['nano'] = test_train.SMALL; train.MEASUREMENTS = ('validation',)\n"
+            "train.run_main(train.main)")  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def wait_for_step(run, step, seconds=60):
+    end, path = time.time() + seconds, Path(f"out/{run}/loss.csv")
+    while time.time() < end:
+        if path.exists() and len(path.read_text().splitlines()) > step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+LONG = [*FLAGS[2:], "--steps", "120", "--save_every", "0", "--eval_every", "0"]
+
+
+def test_kill_9_and_sigterm_cost_nothing_but_time():
+    whole = process(*LONG, "--run", "whole")
+    whole.communicate()
+    rng = random.Random(0)
+    run = process(*LONG, "--run", "killed")
+    for round, at in enumerate((5, 40, 80)):
+        wait_for_step("killed", at)
+        time.sleep(rng.random() / 20)  # somewhere in a step, or in the middle of a save
+        run.kill()
+        run.communicate()
+        run = process("--resume", "out/killed", "--save_every", "0")
+    wait_for_step("killed", 100)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 143
+    last = process("--resume", "out/killed")
+    last.communicate()
+    assert (whole.returncode, last.returncode) == (0, 0)
+    assert everything("killed") == everything("whole")
+    assert not list(Path("out/killed").glob(".*.tmp"))
