@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from nanomblip.emoji import ROOT as DATA
 from nanomblip.emoji import load_emoji
-from nanomblip.evaluate import MEASUREMENTS, evaluate, mean, table
+from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
@@ -322,6 +322,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("--hold_out_langs leaves no language to train on")
     mix = {lang: p / sum(mix.values()) for lang, p in mix.items()}
     mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed)
+    language_id = LanguageID(emoji.names)
 
     # Model: from random weights or from a folder, then what is frozen.
     torch.manual_seed(cfg.seed)
@@ -405,7 +406,7 @@ def main(argv: list[str]) -> int:
         bar.update(1)
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-            results, _ = evaluate(model, tokenizer, image, emoji, mix, 5, ("validation",))
+            results, _ = evaluate(model, tokenizer, image, emoji, mix, language_id, 5, ("validation",))
             english, other = summary(results["validation"])
             validation_log.add(step, english["exact"], other["exact"], other["in_language"])
         if interrupt.signal or time.time() - last_save > cfg.save_every:
@@ -421,7 +422,7 @@ def main(argv: list[str]) -> int:
 
     # What it can do now: fixed splits, greedy captions.
     progress = tqdm(desc="evaluate", unit="caption", leave=False)
-    results, examples = evaluate(model, tokenizer, image, emoji, {lang: 1 for lang in (*mix, *held_out)}, cfg.eval_pictures,
+    results, examples = evaluate(model, tokenizer, image, emoji, (*mix, *held_out), language_id, cfg.eval_pictures,
                                  MEASUREMENTS, progress)  # fmt: skip
     progress.close()
     print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results)}\n")

@@ -36,13 +36,19 @@ class LanguageID:
 
     def __init__(self, names: dict[str, dict[str, str]]):
         self.table = defaultdict(set)  # name -> languages that use it
-        self.counts = {lang: Counter() for lang in names}
+        self.seen = defaultdict(list)  # n-gram -> [(language, log(count + 1))] of the languages that have it
+        totals = {}
         for lang, of_lang in names.items():
-            for name in of_lang.values():
-                self.table[normal(name)].add(lang)
-                self.counts[lang].update(self.grams(normal(name)))
-        self.totals = {lang: sum(counts.values()) for lang, counts in self.counts.items()}
-        self.kinds = len(set().union(*self.counts.values()))  # different n-grams seen in any language
+            counts = Counter()
+            for name in map(normal, of_lang.values()):
+                self.table[name].add(lang)
+                counts.update(self.grams(name))
+            totals[lang] = counts.total()
+            for gram, n in counts.items():
+                self.seen[gram].append((lang, math.log(n + 1)))
+        # log((count + 1) / (total + kinds)) = log(count + 1) - log(total + kinds): the first term is 0 for nearly all
+        # (n-gram, language), so only the others are stored, and a guess touches few of them.
+        self.unseen = {lang: math.log(total + len(self.seen)) for lang, total in totals.items()}
 
     def grams(self, text: str) -> list[str]:
         text = f"^{text}$"
@@ -51,8 +57,10 @@ class LanguageID:
     def guess(self, text: str) -> str:
         """The most likely language by naive Bayes."""
         grams = self.grams(normal(text))
-        score = {lang: sum(math.log((counts[g] + 1) / (self.totals[lang] + self.kinds)) for g in grams)
-                 for lang, counts in self.counts.items()}  # fmt: skip
+        score = {lang: -len(grams) * cost for lang, cost in self.unseen.items()}
+        for gram in grams:
+            for lang, log_count in self.seen.get(gram, ()):
+                score[lang] += log_count
         return max(score, key=score.get)
 
     def is_in(self, text: str, lang: str) -> bool:
@@ -126,8 +134,9 @@ def score(emoji: Emoji, items, answers, language_id: LanguageID) -> dict[str, di
 MEASUREMENTS = ("pictures", "openmoji", "streamline", "seen pairs", "held-out pairs")
 
 
-def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, limit: int = 40, measurements=MEASUREMENTS, progress=None):
-    """All measurements of a model over `langs`.
+def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language_id: LanguageID, limit: int = 40,
+             measurements=MEASUREMENTS, progress=None):  # fmt: skip
+    """All measurements of a model over `langs`, at most `limit` pictures a language.
 
     Returns (results, examples): results[measurement][language] as in `score`; examples are 12 dicts with the answers to
     held-out pictures, in languages of different scripts, chosen by hash and not by how good they look.
@@ -135,7 +144,6 @@ def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, limit: i
     asked = {which: questions(emoji, which, langs, limit) for which in measurements}
     if progress is not None:
         progress.reset(total=sum(map(len, asked.values())))
-    language_id = LanguageID(emoji.names)
     results, examples = {}, []
     for which, items in asked.items():
         if not items:

@@ -31,11 +31,17 @@ SMALL = replace(
 FLAGS = "--steps 9 --warmup 3 --batch 4 --accumulate 2 --eval_pictures 1 --eval_every 4 --tasks caption,match".split()
 
 
+EMOJI = train.load_emoji("core")
+LANGUAGE_ID = train.LanguageID(EMOJI.names)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "nano", SMALL)
     monkeypatch.setattr(train, "MEASUREMENTS", ("validation",))
+    monkeypatch.setattr(train, "load_emoji", lambda concepts: EMOJI)  # loaded once for all tests here
+    monkeypatch.setattr(train, "LanguageID", lambda names: LANGUAGE_ID)
     yield
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
