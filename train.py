@@ -8,13 +8,10 @@ Every random choice is a function of (seed, step), so `--resume out/<run>` ends 
 on the same machine. Ctrl-C and SIGTERM save and exit.
 """
 
-import csv
-import json
 import math
-import os
 import platform
+import random
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -36,9 +33,9 @@ from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import Batches, Mixture, parse_tasks
+from nanomblip.runs import Interrupt, Log, State, ignore_interrupt, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import (WeightsError, digest, load_mblip, open_safetensors, read_json, save_mblip, save_tensors,
-                               write_json)  # fmt: skip
+from nanomblip.weights import digest, load_mblip, read_json, save_mblip, write_json
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -59,7 +56,11 @@ class Config:
     steps: int = flag(1500, "optimizer steps")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
-    lr: float = flag(2e-3, "peak learning rate")
+    optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
+                                  "auto = muon when everything starts from random weights, else adamw",
+                          ("auto", "adamw", "muon"))  # fmt: skip
+    lr: float = flag(2e-3, "AdamW's peak learning rate")
+    muon_lr: float = flag(0.02, "Muon's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
@@ -82,7 +83,7 @@ class Config:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"--{name} {value}: at least {low}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "muon_lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
         if not 0 < self.beta2 < 1:
@@ -130,33 +131,43 @@ def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
             piece.requires_grad_(name in names)
 
 
-def parameter_groups(model: MBLIP, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups for AdamW: with decay and without.
+def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW as in the paper, and for `kind` "muon" Muon (Jordan et al. 2024) for the matrices inside the towers' blocks.
 
-    Decayed are the matrices of linear, convolution and embedding layers, found by module type. Norms, biases, position
-    tables and queries are not: pulling a norm towards 0 or a query towards the others helps nobody. (The original code
-    went by substrings and so decayed the Q-Former's first norm, which is spelled "layernorm".)
+    AdamW has two groups. Decayed are the matrices of linear, convolution and embedding layers, found by module type;
+    norms, biases, position tables and queries are not: pulling a norm towards 0 or a query towards the others helps
+    nobody. (The original code went by substrings and so decayed the Q-Former's first norm, spelled "layernorm".)
     """
-    decayed, rest = [], []
-    for module in model.modules():
+    decayed, rest, hidden = [], [], []
+    for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
-            if p.requires_grad:
-                is_matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name == "weight"
-                (decayed if is_matrix else rest).append(p)
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+            if not p.requires_grad:
+                continue
+            if isinstance(module, nn.Linear) and name == "weight" and ".blocks." in path and kind == "muon":
+                hidden.append(p)
+            elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name == "weight":
+                decayed.append(p)
+            else:
+                rest.append(p)
+    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01))
+    return optimizers
 
 
-def parts_table(model: MBLIP, lr: float) -> str:
-    """For people, before step 0: parameters, what is trained, type, bytes and learning rate of each part."""
-    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>10}{'MB':>9}{'peak lr':>10}"]
+def parts_table(model: MBLIP, optimizers: list[torch.optim.Optimizer]) -> str:
+    """For people, before step 0: parameters, what is trained, type, bytes and peak learning rates of each part."""
+    rate_of = {p: f"{type(o).__name__} {g['lr']:g}" for o in optimizers for g in o.param_groups for p in g["params"]}
+    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>10}{'MB':>9}  optimizer and peak rate"]
     total = [0, 0, 0]
     for name, pieces in model_parts(model).items():
         ps = [p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])]
         row = [sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad), sum(p.nbytes for p in ps)]
         total = [a + b for a, b in zip(total, row)]
         kind = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in ps}))
-        rate = f"{lr:g}" if row[1] else "-"
-        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>10}{row[2] / 1e6:>9.1f}{rate:>10}")
+        rates = ", ".join(sorted({rate_of[p] for p in ps if p in rate_of})) or "frozen"
+        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>10}{row[2] / 1e6:>9.1f}  {rates}")
     return "\n".join([*lines, f"{'all':<16}{total[0]:>14,}{total[1]:>14,}{'':>10}{total[2] / 1e6:>9.1f}"])
 
 
@@ -167,11 +178,11 @@ def add_checkpointing(model: MBLIP) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def learning_rate(cfg: Config, step: int) -> float:
-    """Linear warm-up, then a cosine to 0 at the last step."""
+def schedule(cfg: Config, step: int) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine to 0 at the last step."""
     if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+        return (step + 1) / cfg.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
 
 
 @torch.no_grad()
@@ -180,8 +191,6 @@ def cache_features(model: MBLIP, batches: Batches, device) -> torch.Tensor:
 
     Pictures outside the training split stay zero; nothing asks for them.
     """
-    import random
-
     cells, seed = batches.mixture.cells, batches.mixture.seed
     vit = model.cfg.vit
     cache = torch.zeros(len(batches.mixture.emoji.cells), batches.views, vit.tokens, vit.width)
@@ -193,108 +202,6 @@ def cache_features(model: MBLIP, batches: Batches, device) -> torch.Tensor:
         for (p, v), row in zip(part, features):
             cache[p, v] = row
     return cache
-
-
-# ------------------------------------------------------------------------------------------------ saving and resuming
-
-
-class State:
-    """What a run needs to go on: trained parameters, AdamW's moments, the step; one file, written atomically.
-
-    The last two are kept (state.safetensors and state.previous.safetensors). Each carries the sha256 of its content, so
-    a damaged one is noticed and the older one taken.
-    """
-
-    def __init__(self, folder: Path, model: MBLIP, optimizer: torch.optim.AdamW):
-        self.path, self.older = folder / "state.safetensors", folder / "state.previous.safetensors"
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.frozen = digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
-        self.optimizer = optimizer
-
-    def save(self, step: int, seconds: float) -> None:
-        tensors = {f"parameter.{name}": p for name, p in self.trained.items()}
-        for name, p in self.trained.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if p in self.optimizer.state:
-                    tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
-        meta = dict(step=str(step), seconds=str(seconds), frozen=self.frozen, sha256=digest(tensors), torch=torch.__version__)
-        if self.path.exists():
-            os.replace(self.path, self.older)
-        save_tensors(self.path, tensors, meta)
-
-    def load(self) -> tuple[int, float]:
-        """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is none."""
-        problems = []
-        for path in (self.path, self.older):
-            if path.exists():
-                try:
-                    return self._load(path)
-                except WeightsError as error:
-                    problems.append(str(error))
-                    print(f"{error}; trying the one before", file=sys.stderr)
-        if problems:
-            raise WeightsError(f"{self.path.parent}: no undamaged state to resume from; start a new run")
-        return 0, 0.0
-
-    def _load(self, path: Path) -> tuple[int, float]:
-        with open_safetensors(path) as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        if digest(tensors) != meta.get("sha256"):
-            raise WeightsError(f"{path}: its content does not have the sha256 it was written with")
-        if meta["frozen"] != self.frozen:
-            raise WeightsError(f"{path}: belongs to other frozen weights than the run starts from")
-        if {k.split(".", 1)[1] for k in tensors} != set(self.trained):
-            raise WeightsError(f"{path}: holds other parameters than the run trains")
-        step = int(meta["step"])
-        for name, p in self.trained.items():
-            p.data.copy_(tensors[f"parameter.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                self.optimizer.state[p] = {
-                    "step": torch.tensor(float(step), device=p.device),
-                    **{moment: tensors[f"{moment}.{name}"].to(p.device) for moment in ("exp_avg", "exp_avg_sq")},
-                }
-        return step, float(meta["seconds"])
-
-
-class Log:
-    """A CSV file that survives resuming: rows after the step to go on from are dropped and written again."""
-
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int):
-        rows = []
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([columns, *rows])
-
-    def add(self, *row):
-        self.writer.writerow(row)
-        self.file.flush()
-
-
-class Interrupt:
-    """Remembers the first Ctrl-C or SIGTERM until the step is over; a second one ends the process at once."""
-
-    def __init__(self):
-        self.signal = None
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.note)
-
-    def note(self, number, frame):
-        self.signal = number
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
-
-    def release(self):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process decides
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -345,13 +252,15 @@ def main(argv: list[str]) -> int:
     if cfg.checkpointing:
         add_checkpointing(model)
 
-    # Optimizer, and where to go on.
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
-    state = State(folder, model, optimizer)
+    # Optimizers, and where to go on.
+    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if (train, cfg.init) == ("everything", "random") else "adamw"
+    optimizers = build_optimizers(model, kind, cfg)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    state = State(folder, model, optimizers)
     step, seconds = state.load() if cfg.resume else (0, 0.0)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):  # of a process killed while it wrote
-        leftover.unlink()
+    remove_leftovers(folder)
     write_json(folder / "train.json", asdict(cfg))
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
@@ -364,7 +273,7 @@ def main(argv: list[str]) -> int:
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
     print(f"data    {len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
           f"{sum(map(len, mixture.usable.values())):,} names; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")  # fmt: skip
-    print(parts_table(model, cfg.lr), flush=True)
+    print(parts_table(model, optimizers), flush=True)
 
     features = cache_features(model, batches, device) if batches.views else None
     loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
@@ -378,8 +287,8 @@ def main(argv: list[str]) -> int:
     while step < cfg.steps:
         started = time.time()
         total_loss = 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * schedule(cfg, step)
         for i in range(cfg.accumulate):
             torch.manual_seed(step_seed(cfg.seed, step * cfg.accumulate + i))  # dropout: a function of (seed, step)
             batch = {key: value.to(device) for key, value in next(loader).items()}
@@ -392,16 +301,17 @@ def main(argv: list[str]) -> int:
             _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
             (loss / cfg.accumulate).backward()
             total_loss += loss.item() / cfg.accumulate
-        norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
+        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             raise ValueError(f"loss {total_loss}, gradient norm {norm:g} at step {step}: stopped before the update; lower "
                              f"--lr and --resume {folder}, or look at the pictures {batch['picture'].tolist()[:8]} ...")  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         seconds += time.time() - started
 
-        loss_log.add(step, f"{total_loss:.6f}", f"{norm:.6f}", f"{learning_rate(cfg, step - 1):.6g}")
+        loss_log.add(step, f"{total_loss:.6f}", f"{norm:.6f}", f"{cfg.lr * schedule(cfg, step - 1):.6g}")
         average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
         bar.update(1)
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
@@ -418,6 +328,7 @@ def main(argv: list[str]) -> int:
             return 128 + interrupt.signal
     bar.close()
     save()
+    state.older.unlink(missing_ok=True)  # it was for accidents on the way
     interrupt.release()
 
     # What it can do now: fixed splits, greedy captions.

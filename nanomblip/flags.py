@@ -12,6 +12,7 @@ and exit status 2.
 
 import argparse
 import difflib
+import os
 import sys
 from dataclasses import MISSING, field, fields
 
@@ -58,12 +59,12 @@ def run_main(main) -> None:
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show Khmer must not end the program
     try:
         status = main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except BrokenPipeError:  # `python sample.py ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its exit
+        status = 141
+    except (ValueError, OSError) as error:
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
-    except BrokenPipeError:  # `python sample.py ... | head -1`
-        status = 141
     except KeyboardInterrupt:
         status = 130
-    sys.stderr.flush()
     raise SystemExit(status)

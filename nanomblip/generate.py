@@ -256,5 +256,5 @@ def beam_search(mt5, memory, mask, may, decoding):
             memory, mask = memory[rows], mask[rows]
             cache.reorder(rows)
         else:  # rows only move within their sample, for which the keys and values of the encoder's output are the same
-            cache.past = [tuple(t.index_select(0, rows) for t in kv) for kv in cache.past]
+            cache.reorder(rows, memory=False)
     return [pool[: decoding.num_return] for pool in pools]

@@ -121,14 +121,18 @@ class KVCache:
         self.past[layer] = (k, v)
         return k, v
 
-    def reorder(self, rows):
-        """Row b becomes what row rows[b] was (rows: long (B',)); for beam search and for dropping finished rows."""
+    def reorder(self, rows, memory: bool = True):
+        """Row b becomes what row rows[b] was (rows: long (B',)); for beam search and for dropping finished rows.
+
+        Without `memory` only the past moves: enough, and cheaper, when rows stay within their sample.
+        """
         self.past = [tuple(t.index_select(0, rows) for t in kv) for kv in self.past]
-        self.memory = [tuple(t.index_select(0, rows) for t in kv) for kv in self.memory]
+        if memory:
+            self.memory = [tuple(t.index_select(0, rows) for t in kv) for kv in self.memory]
 
 
 class MT5Attention(nn.Module):
-    """Unscaled attention without biases; self-attention when `memory` is None."""
+    """Unscaled attention without biases. Keys and values come in ready-made, from `keys_values` or from a cache."""
 
     def __init__(self, cfg: MT5Config):
         super().__init__()
@@ -269,7 +273,7 @@ class MT5(nn.Module):
     def init_weights(self):
         """Draw fresh weights as Mesh TensorFlow does for T5: it is what makes attention without 1/sqrt(K) start well."""
         cfg = self.cfg
-        for name, m in self.named_modules():
+        for m in self.modules():
             if isinstance(m, MT5Norm):
                 nn.init.ones_(m.weight)
             elif isinstance(m, MT5Bias):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanomblip.mblip import MBLIP, MBLIPConfig
-from nanomblip.mt5 import MT5Config
+from nanomblip.mt5 import MT5, MT5Config
 from nanomblip.qformer import QFormerConfig
 from nanomblip.vit import ViTConfig
 
@@ -84,25 +84,32 @@ MT5_KEYS["language_model.decoder.block.{}.layer.1.layer_norm.weight"] = "mt5.dec
 
 KEYS = VIT_KEYS | QFORMER_KEYS | PROJ_KEYS | MT5_KEYS
 # Second names of the shared embedding: old .bin conversions list them, new files do not.
-EMBED_ALIASES = ("language_model.decoder.embed_tokens.weight", "language_model.encoder.embed_tokens.weight")
+EMBED_ALIASES = ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
+
+
+def _expand(keys: dict[str, str], ours: set[str]) -> dict[str, str]:
+    """Our name -> official key, for all of `ours`, from a table with {} for layers and * for weight or bias."""
+    layers = 1 + max((int(part) for name in ours for part in name.split(".") if part.isdigit()), default=0)
+    names = {}
+    for official, mine in keys.items():
+        for ending in ("weight", "bias") if official.endswith("*") else ("",):
+            for i in range(layers if "{}" in official else 1):
+                name = mine.replace("*", ending).format(i)
+                if name in ours:  # towers differ in depth, and the Q-Former has cross-attention in some layers only
+                    names[name] = official.replace("*", ending).format(i)
+    assert set(names) == ours, f"parameters without an official key: {sorted(ours - set(names))}"
+    return names
 
 
 def official_names(model: MBLIP) -> dict[str, str]:
-    """Our parameter name -> official key, for every parameter of `model`."""
-    ours = dict(model.named_parameters())
-    names = {}
-    for official, mine in KEYS.items():
-        endings = ("weight", "bias") if official.endswith("*") else ("",)
-        layers = range(max(len(model.vit.blocks), len(model.qformer.blocks), len(model.mt5.encoder.blocks),
-                           len(model.mt5.decoder.blocks))) if "{}" in official else (0,)  # fmt: skip
-        for ending in endings:
-            for i in layers:
-                name = mine.replace("*", ending).format(i)
-                if name in ours:  # the Q-Former has cross-attention in some layers only
-                    names[name] = official.replace("*", ending).format(i)
-    left = sorted(set(ours) - set(names))
-    assert not left, f"parameters without an official key: {left}"
-    return names
+    """Our parameter name -> official key, for every parameter of a whole model."""
+    return _expand(KEYS, {name for name, _ in model.named_parameters()})
+
+
+def mt5_names(model: MT5) -> dict[str, str]:
+    """Our parameter name -> official key, for a language model by itself."""
+    names = _expand(MT5_KEYS, {f"mt5.{name}" for name, _ in model.named_parameters()})
+    return {mine.removeprefix("mt5."): official.removeprefix("language_model.") for mine, official in names.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- configs
@@ -135,6 +142,27 @@ def _build(part: str, cls, hf: dict, **names):
         raise WeightsError(f"{part}: {error}") from None
 
 
+def mt5_config_from_hf(text: dict) -> MT5Config:
+    """MT5Config from the official `config.json` of an mT5, an mT0 or a flan-t5 (as a dict), or a BLIP-2's `text_config`."""
+    if not isinstance(text, dict):
+        raise WeightsError("config.json does not hold an object")
+    kind = text.get("model_type")  # absent means OPT; decoder-only models (OPT, BLOOMZ) are out of scope
+    _refuse_unless("a language model", {"model_type": kind}, model_type=("mt5", "t5"))
+    is_mt5 = kind == "mt5"
+    text = (_MT5_DEFAULTS if is_mt5 else _T5_DEFAULTS) | {k: v for k, v in text.items() if v is not None}
+    _refuse_unless("a language model", text, feed_forward_proj=("gated-gelu",), is_gated_act=(True,),
+                   dense_act_fn=("gelu_new", "gelu"), decoder_start_token_id=(text["pad_token_id"],),
+                   scale_decoder_outputs=(False,))  # fmt: skip
+    if not is_mt5:  # T5's tied models rescale the decoder's output; flan-t5, which BLIP-2 uses, is untied
+        _refuse_unless("a T5", {"tie_word_embeddings": True} | text, tie_word_embeddings=(False,))
+    text.setdefault("num_decoder_layers", text["num_layers"])
+    return _build("text_config", MT5Config, text | {"gelu": "none" if text.get("dense_act_fn") == "gelu" else "tanh"},
+                 vocab="vocab_size", width="d_model", heads="num_heads", head_width="d_kv", mlp="d_ff",
+                 layers="num_layers", decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
+                 max_distance="relative_attention_max_distance", dropout="dropout_rate", eps="layer_norm_epsilon",
+                 gelu="gelu", pad="pad_token_id", eos="eos_token_id")  # fmt: skip
+
+
 def config_from_hf(hf: dict) -> MBLIPConfig:
     """MBLIPConfig from an official `config.json` (as a dict), legacy or new.
 
@@ -162,34 +190,34 @@ def config_from_hf(hf: dict) -> MBLIPConfig:
                     cross_every="cross_attention_frequency", dropout="hidden_dropout_prob",
                     attn_dropout="attention_probs_dropout_prob", eps="layer_norm_eps")  # fmt: skip
 
-    _refuse_unless("a language model", text, model_type=("mt5", "t5"))  # decoder-only ones (OPT, BLOOMZ) are out of scope
-    is_mt5 = text.get("model_type") == "mt5"
-    text = (_MT5_DEFAULTS if is_mt5 else _T5_DEFAULTS) | {k: v for k, v in text.items() if v is not None}
-    _refuse_unless("a language model", text, feed_forward_proj=("gated-gelu",), is_gated_act=(True,),
-                   dense_act_fn=("gelu_new", "gelu"), decoder_start_token_id=(text["pad_token_id"],),
-                   scale_decoder_outputs=(False,))  # fmt: skip
-    if not is_mt5:  # T5's tied models rescale the decoder's output; flan-t5, which BLIP-2 uses, is untied
-        _refuse_unless("a T5", text, tie_word_embeddings=(False,))
-    text.setdefault("num_decoder_layers", text["num_layers"])
-    mt5 = _build("text_config", MT5Config, text | {"gelu": "none" if text.get("dense_act_fn") == "gelu" else "tanh"},
-                 vocab="vocab_size", width="d_model", heads="num_heads", head_width="d_kv", mlp="d_ff",
-                 layers="num_layers", decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
-                 max_distance="relative_attention_max_distance", dropout="dropout_rate", eps="layer_norm_epsilon",
-                 gelu="gelu", pad="pad_token_id", eos="eos_token_id")  # fmt: skip
     queries = hf.get("num_query_tokens", 32)
     if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
         raise WeightsError(f"config.json: num_query_tokens = {queries!r}")
     try:
-        return MBLIPConfig(vit=vit, qformer=former, mt5=mt5, queries=queries)
+        return MBLIPConfig(vit=vit, qformer=former, mt5=mt5_config_from_hf(text), queries=queries)
     except ValueError as error:
         raise WeightsError(f"config.json: {error}") from None
+
+
+def mt5_config_to_hf(t: MT5Config) -> dict:
+    """The official `config.json` (as a dict) of a language model."""
+    return {
+        "model_type": "mt5",
+        "vocab_size": t.vocab, "d_model": t.width, "num_heads": t.heads, "d_kv": t.head_width, "d_ff": t.mlp,
+        "num_layers": t.layers, "num_decoder_layers": t.decoder_layers,
+        "relative_attention_num_buckets": t.buckets, "relative_attention_max_distance": t.max_distance,
+        "dropout_rate": t.dropout, "layer_norm_epsilon": t.eps, "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": {"tanh": "gelu_new", "none": "gelu"}[t.gelu], "is_gated_act": True,
+        "tie_word_embeddings": False, "pad_token_id": t.pad, "eos_token_id": t.eos,
+        "decoder_start_token_id": t.pad, "is_encoder_decoder": True,
+    }  # fmt: skip
 
 
 def config_to_hf(cfg: MBLIPConfig, image_token: int) -> dict:
     """The official `config.json` (as a dict) of a model; `image_token` is the piece id that transformers >= 4.55
     replaces by the picture's vectors: the first row of the embedding that the tokenizer cannot produce."""
     assert image_token < cfg.mt5.vocab, f"image_token {image_token} has no row in an embedding of {cfg.mt5.vocab}"
-    v, q, t = cfg.vit, cfg.qformer, cfg.mt5
+    v, q = cfg.vit, cfg.qformer
     return {
         "architectures": ["Blip2ForConditionalGeneration"],
         "model_type": "blip-2",
@@ -211,16 +239,7 @@ def config_to_hf(cfg: MBLIPConfig, image_token: int) -> dict:
             "cross_attention_frequency": q.cross_every, "hidden_dropout_prob": q.dropout,
             "attention_probs_dropout_prob": q.attn_dropout, "layer_norm_eps": q.eps, "hidden_act": "gelu",
         },
-        "text_config": {
-            "model_type": "mt5",
-            "vocab_size": t.vocab, "d_model": t.width, "num_heads": t.heads, "d_kv": t.head_width, "d_ff": t.mlp,
-            "num_layers": t.layers, "num_decoder_layers": t.decoder_layers,
-            "relative_attention_num_buckets": t.buckets, "relative_attention_max_distance": t.max_distance,
-            "dropout_rate": t.dropout, "layer_norm_epsilon": t.eps, "feed_forward_proj": "gated-gelu",
-            "dense_act_fn": {"tanh": "gelu_new", "none": "gelu"}[t.gelu], "is_gated_act": True,
-            "tie_word_embeddings": False, "pad_token_id": t.pad, "eos_token_id": t.eos,
-            "decoder_start_token_id": t.pad, "is_encoder_decoder": True,
-        },
+        "text_config": mt5_config_to_hf(cfg.mt5),
     }  # fmt: skip
 
 
@@ -293,10 +312,26 @@ def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32) -> MBLIP:
     cfg = config_from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = MBLIP(cfg)
-    targets = {official: mine for mine, official in official_names(model).items()}
+    _fill(model, folder, {official: mine for mine, official in official_names(model).items()}, "language_model.", dtype)
+    return model.eval()
+
+
+def load_mt5(folder: Path | str, dtype: torch.dtype = torch.float32) -> MT5:
+    """Build and fill a language model by itself (an mT0 or mT5 folder of the hub, or ours); errors as in `load_mblip`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    cfg = mt5_config_from_hf(read_json(folder / "config.json"))
+    with torch.device("meta"):
+        model = MT5(cfg)
+    _fill(model, folder, {official: mine for mine, official in mt5_names(model).items()}, "", dtype)
+    return model.eval()
+
+
+def _fill(model: nn.Module, folder: Path, targets: dict[str, str], prefix: str, dtype: torch.dtype) -> None:
+    """Fill a meta model from the tensors of a folder; targets: official key -> our name; prefix: of the language model."""
     found = find_tensors(folder)
-    shared = "language_model.shared.weight"
-    aliases = [key for key in EMBED_ALIASES if key in found]
+    shared, aliases = prefix + "shared.weight", [prefix + key for key in EMBED_ALIASES if prefix + key in found]
     if shared not in found and aliases:
         found[shared] = found[aliases[0]]
     unknown = sorted(set(found) - set(targets) - set(aliases))
@@ -312,10 +347,11 @@ def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32) -> MBLIP:
                 stored = key if key in keys else aliases[0]
                 value = _read_tensor(file, path, stored, parameters[targets[key]].shape).to(dtype)
                 _set_parameter(model, targets[key], value)
-            for key in (k for k in aliases if k in keys):  # second names must hold the same embedding
-                if found[key] == path and not torch.equal(file.get_tensor(key).to(dtype), model.mt5.embed.weight):
-                    raise WeightsError(f"{path}: {key} differs from {shared}; three embeddings are not implemented")
-    return model.eval()
+    embedding = dict(model.named_parameters())[targets[shared]]
+    for key in aliases:  # second names must hold the same embedding
+        with open_safetensors(found[key]) as file:
+            if not torch.equal(file.get_tensor(key).to(dtype), embedding):
+                raise WeightsError(f"{found[key]}: {key} differs from {shared}; three embeddings are not implemented")
 
 
 def _read_tensor(file, path: Path, key: str, shape) -> torch.Tensor:
@@ -351,6 +387,7 @@ def write_atomic(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors makes its files readable by their owner only
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -406,3 +443,13 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra)
+
+
+def save_mt5(model: MT5, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a language model by itself in the official layout."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, parameters = mt5_names(model), dict(model.named_parameters())
+    tensors = {official: parameters[mine].to(dtype) for mine, official in names.items()}
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json", mt5_config_to_hf(model.cfg) | {"architectures": ["MT5ForConditionalGeneration"]})

@@ -15,15 +15,6 @@ EVEN = replace(TINY, mt5=replace(TINY.mt5, layers=3))
 V, EOS = TINY.mt5.vocab, TINY.mt5.eos
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny steps are faster without threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def talkative(cfg=EVEN, seed=0, head=4.0, eos=5.0):
     """A random model that writes varied texts of varied length: `head` makes it sure of itself, `eos` brief."""
     model = tiny_mblip(cfg, seed)

@@ -123,19 +123,29 @@ def test_going_on_from_a_folder_trains_what_the_paper_trains():
 
 def test_weight_decay_goes_by_module_type():
     model = MBLIP(SMALL)
-    decayed, rest = train.parameter_groups(model, 0.1)
+    (optimizer,) = train.build_optimizers(model, "adamw", train.Config())
+    decayed, rest = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    rest = {names[id(p)] for p in rest["params"]}
-    assert len(rest) + len(decayed["params"]) == len(names)
-    assert {"queries", "qformer.norm.weight", "vit.pos_embed", "mt5.encoder.bias.weight", "proj.bias"} <= rest
-    assert all("norm" in n or n.endswith("bias") or n in ("queries", "vit.pos_embed", "vit.cls_token", "mt5.encoder.bias.weight",
-               "mt5.decoder.bias.weight") for n in rest)  # fmt: skip
-    assert all("norm" not in names[id(p)] and names[id(p)].endswith("weight") for p in decayed["params"])
+    rest, decayed = ({names[id(p)] for p in group["params"]} for group in (rest, decayed))
+    assert len(rest) + len(decayed) == len(names) and (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["weight_decay"]) == (0.1, 0)
+    tables = {"queries", "vit.pos_embed", "vit.cls_token", "mt5.encoder.bias.weight", "mt5.decoder.bias.weight"}
+    assert tables | {"qformer.norm.weight", "proj.bias"} <= rest
+    assert all("norm" in n or n.endswith("bias") or n in tables for n in rest)
+    assert all("norm" not in n and n.endswith("weight") for n in decayed)
+
+
+def test_muon_gets_the_matrices_inside_the_towers_and_adamw_the_rest():
+    model = MBLIP(SMALL)
+    adamw, muon = train.build_optimizers(model, "muon", train.Config())
+    names = {id(p): name for name, p in model.named_parameters()}
+    of_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert of_muon == {n for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2}
+    assert len(of_muon) + sum(len(g["params"]) for g in adamw.param_groups) == len(names)
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero():
-    cfg = train.Config(steps=100, warmup=10, lr=1.0)
-    rates = [train.learning_rate(cfg, s) for s in range(100)]
+    cfg = train.Config(steps=100, warmup=10)
+    rates = [train.schedule(cfg, s) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
 

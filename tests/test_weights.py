@@ -10,7 +10,8 @@ from conftest import TINY, in_transformers, tiny_mblip
 from safetensors.torch import load_file, save_file
 
 from nanomblip.mblip import PRESETS, MBLIPConfig
-from nanomblip.weights import WeightsError, config_from_hf, config_to_hf, digest, load_mblip, save_mblip, save_tensors
+from nanomblip.weights import (WeightsError, config_from_hf, config_to_hf, digest, load_mblip, load_mt5, save_mblip, save_mt5,
+                               save_tensors)  # fmt: skip
 
 SHARED, HEAD = "language_model.shared.weight", "language_model.lm_head.weight"
 
@@ -103,7 +104,7 @@ def test_wrong_tensors_are_named(folder, change, words):
     ("vision_config", "num_attention_heads", 0), ("vision_config", "patch_size", 7), ("vision_config", "image_size", -1),
     ("qformer_config", "hidden_act", "relu"), ("qformer_config", "use_qformer_text_input", True),
     ("qformer_config", "encoder_hidden_size", 25), ("qformer_config", "num_attention_heads", 3),
-    ("text_config", "model_type", "opt"), ("text_config", "feed_forward_proj", "relu"), ("text_config", "dense_act_fn", "silu"),
+    ("text_config", "model_type", "opt"), ("text_config", "model_type", None), ("text_config", "feed_forward_proj", "relu"), ("text_config", "dense_act_fn", "silu"),
     ("text_config", "decoder_start_token_id", 2), ("text_config", "scale_decoder_outputs", True),
     ("text_config", "d_model", True), (None, "model_type", "blip"), (None, "num_query_tokens", 0), (None, "text_config", []),
 ])  # fmt: skip
@@ -197,6 +198,21 @@ def test_a_failed_write_leaves_the_old_file(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before and sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_language_model_by_itself_goes_both_ways(tmp_path):
+    from transformers import MT5ForConditionalGeneration
+
+    model = tiny_mblip().mt5
+    save_mt5(model, tmp_path / "ours")
+    theirs = MT5ForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    prompt, ids = torch.randint(2, 60, (2, 5)), torch.randint(2, 60, (2, 4))
+    want = theirs(input_ids=prompt, attention_mask=torch.ones_like(prompt), decoder_input_ids=ids).logits
+    torch.testing.assert_close(model(prompt, prompt > 0, ids), want, atol=1e-5, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert same(model, load_mt5(tmp_path / "theirs"))
+    with pytest.raises(WeightsError, match="blip-2"):
+        load_mblip(tmp_path / "ours")
 
 
 def test_the_default_config_is_the_official_xl():

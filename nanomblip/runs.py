@@ -1,0 +1,124 @@
+"""Stopping and going on: the state of a run on disk, its logs, and what Ctrl-C does.
+
+A run can end at any moment (Ctrl-C, SIGTERM, kill -9, a full disk, a power cut) and goes on from its last saved state to
+the same final bits as if nothing had happened. Three things make that possible: every random choice is a function of
+(seed, step), so no generator's state need be kept; the file is written under another name and renamed; and it carries the
+sha256 of its content.
+"""
+
+import csv
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from nanomblip.weights import WeightsError, digest, open_safetensors, save_tensors
+
+
+class State:
+    """What a run needs to go on: trained parameters, the optimizers' memory, the step; one file, written atomically.
+
+    The last two are kept (state.safetensors and state.previous.safetensors). Each carries the sha256 of its content, so
+    a damaged one is noticed and the older one taken.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]):
+        self.path, self.older = folder / "state.safetensors", folder / "state.previous.safetensors"
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.frozen = digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
+        self.optimizers = optimizers
+
+    def save(self, step: int, seconds: float) -> None:
+        tensors = {f"parameter.{name}": p for name, p in self.trained.items()}
+        names = {p: name for name, p in self.trained.items()}
+        for optimizer in self.optimizers:
+            for p, memory in optimizer.state.items():  # exp_avg, exp_avg_sq and step of AdamW, momentum_buffer of Muon
+                tensors |= {f"{key}.{names[p]}": value for key, value in memory.items()}
+        meta = dict(step=str(step), seconds=str(seconds), frozen=self.frozen, sha256=digest(tensors), torch=torch.__version__)
+        if self.path.exists():
+            os.replace(self.path, self.older)
+        save_tensors(self.path, tensors, meta)
+
+    def load(self) -> tuple[int, float]:
+        """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is none."""
+        problems = []
+        for path in (self.path, self.older):
+            if path.exists():
+                try:
+                    return self._load(path)
+                except WeightsError as error:
+                    problems.append(str(error))
+                    print(f"{error}; trying the one before", file=sys.stderr)
+        if problems:
+            raise WeightsError(f"{self.path.parent}: no undamaged state to resume from; start a new run")
+        return 0, 0.0
+
+    def _load(self, path: Path) -> tuple[int, float]:
+        with open_safetensors(path) as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if digest(tensors) != meta.get("sha256"):
+            raise WeightsError(f"{path}: its content does not have the sha256 it was written with")
+        if meta["frozen"] != self.frozen:
+            raise WeightsError(f"{path}: belongs to other frozen weights than the run starts from")
+        if {k.split(".", 1)[1] for k in tensors} != set(self.trained):
+            raise WeightsError(f"{path}: holds other parameters than the run trains")
+        step = int(meta["step"])
+        owner = {p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for key, value in tensors.items():
+            what, name = key.split(".", 1)
+            p = self.trained[name]
+            if what == "parameter":
+                p.data.copy_(value)
+            else:
+                owner[p].state[p][what] = value.to(p.device)
+        return step, float(meta["seconds"])
+
+
+class Log:
+    """A CSV file that survives resuming: rows after the step to go on from are dropped and written again."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int):
+        rows = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerows([columns, *rows])
+
+    def add(self, *row):
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+class Interrupt:
+    """Remembers the first Ctrl-C or SIGTERM until the step is over; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = None
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+
+    def release(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process decides
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the half-written files of a process that was killed while it saved (ours, and safetensors' own)."""
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
+        leftover.unlink()

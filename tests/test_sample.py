@@ -1,0 +1,186 @@
+"""sample.py as a user meets it: good pictures, bad pictures, wrong flags; never a traceback."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+from PIL import Image
+
+import sample
+from nanomblip.emoji import ROOT as DATA
+from nanomblip.image import ImageConfig
+from nanomblip.mblip import MBLIP, PRESETS
+from nanomblip.weights import save_mblip, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO = PRESETS["nano"]
+CFG = replace(
+    NANO,
+    vit=replace(NANO.vit, width=16, layers=1, heads=2, mlp=16),
+    qformer=replace(NANO.qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16),
+    mt5=replace(NANO.mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1),
+    queries=2,
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small random model in the official layout, as train.py would leave it, in a run folder."""
+    folder = tmp_path_factory.mktemp("cwd") / "out" / "run"
+    save_mblip(randomise(MBLIP(CFG), std=0.4), folder, image_token=8000, languages=["en", "sw", "th"])
+    write_json(folder / "preprocessor_config.json", ImageConfig(size=64).to_hf())
+    (folder / "spiece.model").write_bytes((DATA / "spiece.model").read_bytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(weights, monkeypatch):
+    monkeypatch.chdir(weights.parent.parent)
+    monkeypatch.setattr(sample, "HERE", weights.parent.parent)  # nothing shipped there
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr) of one call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            sample.run_main(sample.main)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return end.value.code, out, err
+
+
+CAT = str(DATA / "cat.png")
+
+
+def test_one_picture_is_one_line_and_stderr_names_the_weights(capsys):
+    status, out, err = run(capsys, "--image", CAT, "--lang", "Swahili")
+    assert status == 0 and out.count("\n") == 1 and "out/run" in err and "Swahili" in err
+
+
+def test_the_newest_run_is_taken_and_without_any_it_says_what_to_run(capsys, tmp_path, monkeypatch, weights):
+    assert sample.find_model("") == Path("out/run") and sample.find_model(str(weights)) == weights
+    monkeypatch.chdir(tmp_path)
+    for name in ((), ("--model", "nano")):
+        status, out, err = run(capsys, "--image", CAT, *name)
+        assert status == 2 and out == "" and "python train.py --lang_mix all" in err and err.count("\n") == 1
+    status, _, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-xl")
+    assert status == 2 and "weights/mblip-mt0-xl" in err and err.count("\n") == 1
+
+
+def test_a_shipped_model_comes_before_the_newest_run(monkeypatch, tmp_path, weights):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "nano").symlink_to(weights)
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    assert sample.find_model("") == sample.find_model("nano") == tmp_path / "weights" / "nano"
+
+
+def test_the_picture_matters(capsys, tmp_path):
+    """Two different pictures get different answers from a random model, and the same picture the same one."""
+    generator = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    _, out, _ = run(capsys, "--image", tmp_path, CAT, CAT)
+    texts = [line.split("\t")[1] for line in out.splitlines()]
+    assert len(texts) == 5 and texts[3] == texts[4] and len(set(texts)) > 1
+
+
+def test_a_batch_goes_on_past_bad_pictures_and_reports_them_at_the_end(capsys, tmp_path):
+    good = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(good):
+        Image.new("RGB", (30 + i, 20), (80 * i, 0, 0)).save(path)
+    (tmp_path / "0bad.png").write_bytes(b"")
+    (tmp_path / "zbad.jpg").write_bytes(b"not a picture")
+    target = tmp_path / "captions.jsonl"
+    status, out, err = run(capsys, "--image", tmp_path, tmp_path / "gone.png", "--batch", 2, "--lang", "sw", "--out", target)
+    assert status == 1 and out == ""
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["image"] for row in rows] == [str(path) for path in good]
+    assert all(row["lang"] == "sw" and row["prompt"] == "Caption the image in Swahili." and row["texts"] for row in rows)
+    for word in ("0bad.png", "zbad.jpg", "gone.png", "3 of 6"):
+        assert word in err
+
+
+@pytest.mark.parametrize("content,words", [(None, "no such file"), (b"", "empty"), (b"hello", "not a picture"), ("cut", "damaged"),
+                                           ("bomb", "million pixels"), ("folder", "no picture")])  # fmt: skip
+def test_a_bad_picture_is_one_line_and_status_2(capsys, tmp_path, content, words):
+    path = tmp_path / "picture.png"
+    if content == "cut":
+        path.write_bytes(Path(CAT).read_bytes()[:3000])
+    elif content == "bomb":
+        Image.new("1", (12_000, 8_000)).save(path)
+    elif content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    status, out, err = run(capsys, "--image", path)
+    lines = [line for line in err.splitlines() if "weights" not in line]
+    assert status == 2 and out == "" and len(lines) == 1 and words in lines[0] and "picture.png" in lines[0]
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--lang klingon", "unknown language 'klingon'"), ("--lang de", "en sw th"), ("--lang swahilli", "Swahili (sw)"), ("", "--image"),
+    ("--model nowhere", "nowhere"), ("--num_beams -1", "num_beams"), ("--num_return 3", "num_return"), ("--temperature 0.5", "--sample"),
+    ("--sample --top_p 2", "top_p"), ("--preset best", "--preset"), ("--batch 0", "--batch"), ("--imagee x", "--image"),
+    ("--sample --temperature nan", "temperature"), ("--device tpu", "--device"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_status_2(capsys, flags, words):
+    argv = flags.split() if flags in ("",) else ["--image", CAT, *flags.split()]
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and out == "" and words in err.splitlines()[-1] and err.count("error") == 1
+
+
+@pytest.mark.parametrize("prompt", ["   ", "x" * 100_000, "\udcff\udcfe", "a\0b", "</s>", "{L} {", "👩\u200d🚀", "\u202eltr"])
+def test_odd_prompts(capsys, prompt):
+    status, out, err = run(capsys, "--image", CAT, "--prompt", prompt)
+    if prompt.strip():
+        assert status == 0 and out.count("\n") == 1 and ("left out" in err) == (len(prompt) > 1000)
+    else:
+        assert status == 2 and "empty" in err
+
+
+def test_beams_nbest_and_sampling(capsys):
+    status, out, _ = run(capsys, "--image", CAT, "--preset", "caption", "--num_return", 3, "--max_new_tokens", 6)
+    assert status == 0 and len(out.splitlines()) == 3
+    draws = [run(capsys, "--image", CAT, "--sample", "--seed", seed, "--max_new_tokens", 8)[1] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "spiece.model", "preprocessor_config.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_damaged_weights_are_one_line(capsys, tmp_path, weights, file, damage):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    for path in weights.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    data = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if damage != "missing":
+        (folder / file).write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+    status, out, err = run(capsys, "--image", CAT, "--model", folder)
+    assert status == 2 and out == "" and str(folder) in err and err.count("\n") == 1
+
+
+def test_a_terminal_without_unicode_and_a_closed_pipe_do_not_crash(weights):
+    command = [sys.executable, str(ROOT / "sample.py"), "--image", CAT, CAT, "--lang", "th", "--model", str(weights)]
+    import os
+
+    plain = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=plain, capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"\n") == 2
+    pipe = subprocess.run(f"{' '.join(command)} | true", shell=True, env=plain, capture_output=True)
+    assert b"Traceback" not in pipe.stderr
+
+
+def test_photos_of_any_shape_and_mode_are_answered(capsys, tmp_path):
+    for i, (mode, size) in enumerate((("L", (1, 1)), ("RGBA", (5, 900)), ("CMYK", (64, 64)), ("P", (10, 10)))):
+        Image.new(mode, size).save(tmp_path / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    status, out, _ = run(capsys, "--image", tmp_path)
+    assert status == 0 and len(out.splitlines()) == 4
+    assert torch.get_num_threads() == 1  # nothing here changed the process's settings

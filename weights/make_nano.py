@@ -1,0 +1,228 @@
+"""Make nano's language model: `python weights/make_nano.py mt0`.
+
+mBLIP starts from two models that took others months: BLIP-2, which can see and speaks English, and mT0, which knows many
+languages and has never seen a picture. This script makes the second of them in miniature, from the embedded data alone:
+an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which name the
+language of the answer. (The first is still to come.)
+
+It can be stopped at any moment and goes on where it was (the same command again); a kill costs at most the time since
+the last save. What it has reached is written to weights/nano/mt0 in the official layout, as fp16, with its record.
+"""
+
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nanomblip.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
+from nanomblip.evaluate import mean, normal  # noqa: E402
+from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
+from nanomblip.languages import LANGUAGES  # noqa: E402
+from nanomblip.mblip import PRESETS  # noqa: E402
+from nanomblip.mixture import CAPTION, NAMING  # noqa: E402
+from nanomblip.mt5 import MT5, KVCache  # noqa: E402
+from nanomblip.runs import Interrupt, Log, State, remove_leftovers  # noqa: E402
+from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
+from nanomblip.weights import save_mt5, write_json  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: str = flag("mt0", "which model to make", ("mt0",))
+    steps: int = flag(12000, "optimizer steps")
+    batch: int = flag(256, "examples in a step")
+    lr: float = flag(2e-3, "AdamW's peak learning rate: embedding, head, norms, position tables")
+    muon_lr: float = flag(0.02, "Muon's peak learning rate: the matrices inside the blocks")
+    warmup: int = flag(100, "steps of linear warm-up")
+    decay: float = flag(0.3, "share of the steps, at the end, in which the rates fall to 0 in a straight line")
+    concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
+    seed: int = flag(0, "of everything random")
+    save_every: float = flag(120.0, "seconds between saves")
+    eval_every: int = flag(1000, "steps between looks at the exact match")
+    work: str = flag("out/make_nano", "folder for the state between calls")
+    out: str = flag("weights/nano", "folder for the result")
+
+
+# Instructions for text; {x} is a name in some language, {L} the language wanted. The last two are what re-alignment will
+# use: mBLIP's own prompts, behind a description instead of behind a picture.
+TRANSLATE = ("Translate to {L}: {x}", "{x} in {L}:", "What is the {L} word for {x}?", "{x}. {caption}", "{x}. {naming}")
+SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
+
+
+class Texts:
+    """The endless stream of text examples (prompt ids, target ids), a pure function of (seed, index).
+
+    Of 20 examples 16 translate a name into another language (from English half of the time, else from any), 3 go between
+    a name and its keywords, and 1 fills hidden spans of the Declaration of Human Rights. Every (language, concept) pair
+    occurs, those held out from re-alignment included: the language model has read everything, as mT0 has.
+    """
+
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, vocab: int, seed: int):
+        self.emoji, self.tokenizer, self.seed, self.last = emoji, tokenizer, seed, vocab - 1
+        self.langs = list(emoji.langs)
+        self.concepts = {lang: list(of_lang) for lang, of_lang in emoji.names.items()}
+        self.paragraphs = [text for texts in load_udhr().values() for text in texts]
+        self.pool = lru_cache(maxsize=2)(self._pool)
+
+    def example(self, index: int) -> tuple[list[int], list[int]]:
+        rng = random.Random(f"{self.seed}/text/{index}")
+        kind = rng.randrange(20)
+        if kind == 0:
+            return self.spans(rng)
+        lang = rng.choice(self.langs)
+        concept, L = rng.choice(self.concepts[lang]), LANGUAGES[lang].name
+        name, words = self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
+        if kind <= 3 and words:
+            some = ", ".join(rng.sample(words, min(len(words), 4)))
+            prompt, target = rng.choice(((f"List keywords in {L}: {name}", some), (f"Name it in {L}: {some}", name)))
+        else:
+            source = "en" if rng.random() < 0.5 else rng.choice(self.langs)
+            x = self.emoji.names[source].get(concept) or self.emoji.names["en"][concept]
+            more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
+            prompt, target = rng.choice(TRANSLATE).format(L=L, x=x, **more), name
+        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48)
+
+    def spans(self, rng: random.Random):
+        """Span corruption: hidden spans become sentinels, counted down from the last row of the matrix as in mT5."""
+        ids = self.tokenizer.encode(rng.choice(self.paragraphs), 10_000)[:-1]
+        start = rng.randrange(max(1, len(ids) - 24))
+        prompt, target, sentinel, i = [], [], self.last, 0
+        ids = ids[start : start + 24]
+        while i < len(ids):
+            if rng.random() < SPAN / 3:
+                n = rng.randint(1, 5)
+                prompt.append(sentinel)
+                target += [sentinel, *ids[i : i + n]]
+                sentinel, i = sentinel - 1, i + n
+            else:
+                prompt.append(ids[i])
+                i += 1
+        return [*prompt, Tokenizer.eos], [*target, sentinel, Tokenizer.eos]
+
+    def _pool(self, number: int, batch: int) -> list[list[tuple]]:
+        rows = [self.example(i) for i in range(number * 16 * batch, (number + 1) * 16 * batch)]
+        rows.sort(key=lambda row: (len(row[1]), len(row[0])))  # targets of about the same length: little padding
+        batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        random.Random(f"{self.seed}/pool/{number}").shuffle(batches)
+        return batches
+
+    def batch(self, step: int, size: int):
+        """Batch of one step: prompt long (B, S), labels long (B, T) with -100 as padding."""
+        rows = self.pool(step // 16, size)[step % 16]
+        return pad_rows([p for p, _ in rows], Tokenizer.pad), pad_rows([t for _, t in rows], -100)
+
+
+def rate(cfg: Config, step: int) -> float:
+    """Share of the peak rate: warm-up, a plateau, a straight line to 0. A plateau can be made longer afterwards."""
+    return min(1.0, (step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.decay * cfg.steps))
+
+
+@torch.no_grad()
+def translate(model: MT5, tokenizer: Tokenizer, prompts: list[str], batch: int = 512) -> list[str]:
+    """Greedy answers to text prompts."""
+    model.eval()
+    answers = []
+    for i in range(0, len(prompts), batch):
+        prompt = tokenizer.batch(prompts[i : i + batch])
+        mask = prompt != Tokenizer.pad
+        memory, cache = model.encode(model.embed(prompt), mask), KVCache(len(model.decoder.blocks))
+        ids = torch.full((len(prompt), 1), Tokenizer.pad)
+        for _ in range(24):
+            logits = model.decode(ids[:, -1:], memory, mask, cache)[:, -1, : len(tokenizer)]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+            if (ids == Tokenizer.eos).any(dim=1).all():
+                break
+        answers += [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
+    return answers
+
+
+def exact_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> dict[str, float]:
+    """Language -> share of English names translated exactly, on `limit` concepts a language chosen by hash.
+
+    All of them were read in training: this asks how much of what it has read it knows.
+    """
+    asked = {lang: sorted(of_lang, key=lambda c: unit_hash("mt0", lang, c))[:limit] for lang, of_lang in emoji.names.items()}
+    items = [(lang, c) for lang, cs in asked.items() for c in cs]
+    prompts = [f"{emoji.names['en'][c]}. {CAPTION[0].format(L=LANGUAGES[lang].name)}" for lang, c in items]
+    right = {lang: [] for lang in asked}
+    for (lang, c), text in zip(items, translate(model, tokenizer, prompts)):
+        right[lang].append(normal(text) == normal(emoji.names[lang][c]))
+    return {lang: mean(values) for lang, values in right.items()}
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config, argv[1:] if argv[:1] == ["mt0"] else argv, "Make nano's language model.")
+    work, out = Path(cfg.work) / cfg.stage, Path(cfg.out) / cfg.stage
+    emoji, tokenizer = load_emoji(cfg.concepts), Tokenizer(ROOT / "data" / "spiece.model")
+    torch.manual_seed(cfg.seed)
+    model = MT5(PRESETS["nano"].mt5)
+    model.init_weights()
+    texts = Texts(emoji, tokenizer, model.cfg.vocab, cfg.seed)
+
+    hidden = [m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in path]
+    is_hidden = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in is_hidden]
+    optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+                  torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01)]  # fmt: skip
+    state = State(work, model, optimizers)
+    work.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(work)
+    step, seconds = state.load()
+    log = Log(work / "loss.csv", ("step", "loss"), step)
+    tests = Log(work / "exact.csv", ("step", "exact_match"), step)
+    interrupt, last_save = Interrupt(), time.time()
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
+
+    while step < cfg.steps and not interrupt.signal:
+        started = time.time()
+        prompt, labels = texts.batch(step, cfg.batch)
+        for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(cfg, step)
+        model.train()
+        mask, real = prompt != Tokenizer.pad, labels != -100
+        memory = model.encode(model.embed(prompt), mask)
+        hidden_states = model.decoder(model.embed(model.shift_right(labels)), memory, mask)  # (B, T, D)
+        loss = F.cross_entropy(model.lm_head(hidden_states[real]), labels[real])  # the head sees real places only
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seconds += time.time() - started
+        log.add(step, f"{loss.item():.6f}")
+        bar.update(1)
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        if step % cfg.eval_every == 0:
+            tests.add(step, f"{mean(exact_match(model, tokenizer, emoji, 20).values()):.4f}")
+        if time.time() - last_save > cfg.save_every:
+            state.save(step, seconds)
+            last_save = time.time()
+    bar.close()
+    state.save(step, seconds)
+    interrupt.release()
+
+    exact = exact_match(model, tokenizer, emoji, 100)
+    save_mt5(model, out, torch.float16)
+    shutil.copyfile(tokenizer.path, out / "spiece.model")
+    record = dict(config=asdict(cfg), steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__,
+                  exact_match=mean(exact.values()), exact_match_by_language=exact)  # fmt: skip
+    write_json(out / "record.json", record)
+    print(f"{step} steps: {100 * record['exact_match']:.1f} % of English names translated exactly, mean of {len(exact)} languages; {out}")
+    return 128 + interrupt.signal if interrupt.signal else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
