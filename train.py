@@ -53,7 +53,7 @@ class Config:
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
-    steps: int = flag(1500, "optimizer steps")
+    steps: int = flag(1000, "optimizer steps")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
@@ -65,6 +65,7 @@ class Config:
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
     clip: float = flag(1.0, "largest gradient norm")
+    crop: float = flag(0.8, "smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
     views: int = flag(4, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
     seed: int = flag(0, "seed of everything random")
@@ -88,6 +89,8 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"--crop {self.crop}: above 0, at most 1")
         if self.run != Path(self.run).name:
             raise ValueError(f"--run {self.run!r}: a plain name, the folder is --out")
 
@@ -191,13 +194,13 @@ def cache_features(model: MBLIP, batches: Batches, device) -> torch.Tensor:
 
     Pictures outside the training split stay zero; nothing asks for them.
     """
-    cells, seed = batches.mixture.cells, batches.mixture.seed
-    vit = model.cfg.vit
+    cells, seed, vit = batches.mixture.cells, batches.mixture.seed, model.cfg.vit
+    task = "caption" if batches.mixture.tasks == ["caption"] else "several"  # one view serves all tasks: mirror for captions only
     cache = torch.zeros(len(batches.mixture.emoji.cells), batches.views, vit.tokens, vit.width)
     jobs = [(p, v) for p in cells for v in range(batches.views)]
     for i in tqdm(range(0, len(jobs), 256), desc="frozen ViT", leave=False):
         part = jobs[i : i + 256]
-        image = torch.stack([batches.augmented(p, random.Random(f"{seed}/{p}/{v}")) for p, v in part])[:, None]
+        image = torch.stack([batches.augmented(p, random.Random(f"{seed}/cached/{p}/{v}"), task) for p, v in part])[:, None]
         features = model.image_features(image.to(device))[:, 0].cpu()
         for (p, v), row in zip(part, features):
             cache[p, v] = row
@@ -248,7 +251,7 @@ def main(argv: list[str]) -> int:
     mark_trainable(model, TRAINED[train])
     model.to(device)
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
-    batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0)
+    batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
     if cfg.checkpointing:
         add_checkpointing(model)
 
@@ -282,7 +285,7 @@ def main(argv: list[str]) -> int:
     loader = iter(DataLoader(batches, batch_size=None, sampler=micro, num_workers=cfg.workers, worker_init_fn=ignore_interrupt))
     interrupt = Interrupt()
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
-    last_save, average = time.time(), None
+    last_save, average = time.time(), loss_log.recent_mean(1)
 
     while step < cfg.steps:
         started = time.time()
@@ -336,13 +339,13 @@ def main(argv: list[str]) -> int:
     results, examples = evaluate(model, tokenizer, image, emoji, (*mix, *held_out), language_id, cfg.eval_pictures,
                                  MEASUREMENTS, progress)  # fmt: skip
     progress.close()
-    print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results)}\n")
+    print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
     print("held-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
     record = dict(
         config=asdict(cfg), trained=train, seconds=round(seconds, 1), examples_seen=cfg.steps * cfg.accumulate * cfg.batch,
-        final_loss=average, parameters=sum(p.numel() for p in model.parameters()),
+        final_loss=loss_log.recent_mean(1), parameters=sum(p.numel() for p in model.parameters()),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=device,
         model_sha256=digest(dict(model.named_parameters())),

@@ -177,15 +177,15 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def table(results: dict) -> str:
-    """The results as a table for people: a row a language group, exact match in percent a measurement, one column for
-    the share of answers in the requested language."""
+def table(results: dict, held_out=()) -> str:
+    """The results as a table for people: a row a language group, exact match in percent a measurement, and the share of
+    answers in the requested language. Languages in `held_out` were not trained on and get a row of their own."""
     first = next(iter(results.values()))
-    groups = {"English": [lang for lang in first if lang == "en"], "all other": [lang for lang in first if lang != "en"]}
+    other = [lang for lang in first if lang != "en" and lang not in held_out]
+    groups = {"English": [lang for lang in first if lang == "en"], "all other": other, "held-out languages": list(held_out)}
     for group_of, title in ((script_group, "script"), (resource_group, "resources")):
-        for lang in first:
-            if lang != "en":
-                groups.setdefault(f"{title}: {group_of(lang)}", []).append(lang)
+        for group in sorted({group_of(lang) for lang in other}):
+            groups[f"{title}: {group}"] = [lang for lang in other if group_of(lang) == group]
     percent = lambda share: "-" if share is None else f"{100 * share:.1f}"
     header = ["language group", "languages", *results, "in language"]
     rows = [header]

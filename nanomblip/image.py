@@ -278,33 +278,32 @@ def image_to_tensor(img: Image.Image, cfg: ImageConfig) -> torch.Tensor:
     return array_to_tensor(np.asarray(img)[None], cfg)[0]
 
 
-def augment_image(img: Image.Image, cfg: ImageConfig, rng: random.Random, flip: bool) -> torch.Tensor:
+def augment_image(img: Image.Image, cfg: ImageConfig, rng: random.Random, flip: bool, area: float = 0.5) -> torch.Tensor:
     """Preprocess one RGB picture for training: a random crop, squeezed to a square and mirrored half of the time.
 
-    The crop covers 0.5 to 1.0 of the area with an aspect ratio of 3/4 to 4/3, as in mBLIP's training code
+    The crop covers `area` to 1.0 of the area with an aspect ratio of 3/4 to 4/3; 0.5 is mBLIP's
     (RandomResizedCrop, bicubic). flip allows mirroring: mBLIP does it on every task, but a mirrored picture makes
     "left" and "right" in a question wrong. The result is a function of the arguments and the state of rng alone, and
     the crop does not depend on flip. Returns float32 (3, size, size).
     """
     mirror = rng.random() < 0.5
-    img = img.crop(random_crop_box(img.width, img.height, rng))
+    img = img.crop(random_crop_box(img.width, img.height, rng, area))
     if flip and mirror:
         img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image_to_tensor(img, cfg)
 
 
-CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 
 
-def random_crop_box(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
+def random_crop_box(width: int, height: int, rng: random.Random, smallest: float = 0.5) -> tuple[int, int, int, int]:
     """Draw a crop (left, top, right, bottom) in pixels, as torchvision's RandomResizedCrop does.
 
-    The area is uniform in CROP_AREA; the aspect ratio, width / height, is uniform in its logarithm, so that wide and
+    The share of the area is uniform from `smallest` to 1; the aspect ratio, width / height, is uniform in its logarithm, so that wide and
     tall are equally likely. Ten tries to fit inside; then the largest central crop with an allowed ratio.
     """
     for _ in range(10):
-        area = width * height * rng.uniform(*CROP_AREA)
+        area = width * height * rng.uniform(smallest, 1.0)
         ratio = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if w <= width and h <= height:

@@ -74,12 +74,12 @@ class MBLIP(nn.Module):
         self.vit.init_weights()
         self.qformer.init_weights()
         self.mt5.init_weights()
-        nn.init.normal_(self.queries, std=0.02)
+        nn.init.normal_(self.queries)  # a LayerNorm follows, so only their directions count
         self.init_projection()
 
     def init_projection(self):
         """Draw a fresh projection, as mBLIP does between BLIP-2's Q-Former and a language model it has never met."""
-        nn.init.normal_(self.proj.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)  # as large as embedded pieces
         nn.init.zeros_(self.proj.bias)
 
     def image_features(self, image):

@@ -181,12 +181,13 @@ class Batches(torch.utils.data.Dataset):
 
     batch m -> dict of tensors: picture long (B,), view long (B,), prompt long (B, S), labels long (B, T) with -100 as
     padding, and image float32 (B, 1, 3, size, size) unless `views`: then the pictures' features are cached elsewhere in
-    `views` different crops, and view says which.
+    `views` different crops, and view says which. crop: the smallest share of a picture's area in a random crop.
     """
 
-    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0, pool: int = 32):
+    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0, pool: int = 32,
+                 crop: float = 0.5):  # fmt: skip
         self.mixture, self.tokenizer, self.image = mixture, tokenizer, image
-        self.batch, self.views, self.pool = batch, views, pool
+        self.batch, self.views, self.pool, self.crop = batch, views, pool, crop
         self.pool_of = lru_cache(maxsize=2)(self._pool)
 
     def _pool(self, number: int) -> list[list[tuple]]:
@@ -217,4 +218,4 @@ class Batches(torch.utils.data.Dataset):
 
     def augmented(self, picture: int, rng: random.Random, task: str = "caption") -> torch.Tensor:
         """A random crop of an embedded picture, mirrored half of the time for captions: float32 (3, size, size)."""
-        return augment_image(Image.fromarray(self.mixture.emoji.pictures[picture]), self.image, rng, flip=task == "caption")
+        return augment_image(Image.fromarray(self.mixture.emoji.pictures[picture]), self.image, rng, flip=task == "caption", area=self.crop)

@@ -87,11 +87,11 @@ class QFormer(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList([QFormerBlock(cfg, i) for i in range(cfg.layers)])
 
-    def init_weights(self, std: float = 0.02):
-        """Draw fresh weights as BERT does: normal with deviation 0.02, norms at one, biases at zero."""
+    def init_weights(self):
+        """Draw fresh weights, matrices with deviation 1/sqrt(inputs); see `ViT.init_weights` for why not BERT's 0.02."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=std)
+                nn.init.normal_(m.weight, std=m.in_features**-0.5)
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.LayerNorm):
                 nn.init.ones_(m.weight)

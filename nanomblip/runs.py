@@ -66,6 +66,8 @@ class State:
             raise WeightsError(f"{path}: belongs to other frozen weights than the run starts from")
         if {k.split(".", 1)[1] for k in tensors} != set(self.trained):
             raise WeightsError(f"{path}: holds other parameters than the run trains")
+        if meta["torch"] != torch.__version__:
+            print(f"{path}: written by torch {meta['torch']}, this is {torch.__version__}; the last bits may differ", file=sys.stderr)
         step = int(meta["step"])
         owner = {p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         for key, value in tensors.items():
@@ -89,10 +91,17 @@ class Log:
         self.file = open(path, "w", newline="")
         self.writer = csv.writer(self.file)
         self.writer.writerows([columns, *rows])
+        self.rows = rows
 
     def add(self, *row):
+        self.rows.append([str(value) for value in row])
         self.writer.writerow(row)
         self.file.flush()
+
+    def recent_mean(self, column: int, count: int = 50) -> float | None:
+        """Mean of a column over the last rows, None if there are none yet."""
+        values = [float(row[column]) for row in self.rows[-count:]]
+        return sum(values) / len(values) if values else None
 
 
 class Interrupt:

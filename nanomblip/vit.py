@@ -102,17 +102,21 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList([ViTBlock(cfg) for _ in range(cfg.layers)])
         self.norm = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
-    def init_weights(self, std: float = 0.02):
-        """Draw fresh weights (the official ones are loaded instead)."""
-        for p in (self.cls_token, self.pos_embed):
-            nn.init.normal_(p, std=std)
+    def init_weights(self):
+        """Draw fresh weights (the official ones are loaded instead): matrices with deviation 1/sqrt(inputs).
+
+        The usual fixed 0.02 suits a width of 768 or more; at nano's 192 it leaves so little of the picture that after
+        all towers only 0.04 % of what reaches the language model differs between pictures (here: 6 %).
+        """
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.normal_(m.weight, std=std)
+                nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.LayerNorm):
                 nn.init.ones_(m.weight)
                 nn.init.zeros_(m.bias)
+        nn.init.normal_(self.cls_token, std=0.5)
+        nn.init.normal_(self.pos_embed, std=0.5)
 
     def forward(self, image):
         B, C, height, width = image.shape

@@ -78,6 +78,8 @@ def test_the_table_shows_means_over_languages(emoji, language_id):
                             "ru": dict(n=4, exact=0.75, in_language=0.25)}}  # fmt: skip
     rows = {line.split("  ")[0].strip(): line.split() for line in table(results).splitlines()[2:]}
     assert rows["English"][-2:] == ["50.0", "100.0"] and rows["all other"][-2:] == ["50.0", "50.0"]
+    held = {line.split("  ")[0].strip(): line.split() for line in table(results, ["sw"]).splitlines()[2:]}
+    assert held["held-out languages"][-2:] == ["25.0", "75.0"] and held["all other"][-2:] == ["75.0", "25.0"]
     assert rows["script: Latin"][-2:] == ["25.0", "75.0"] and rows["resources: high"][-2:] == ["75.0", "25.0"]
 
 
