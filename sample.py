@@ -17,6 +17,7 @@ from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_image
 from nanomblip.languages import LANGUAGES, parse_lang
 from nanomblip.mblip import PRESETS
 from nanomblip.mixture import EVAL_PROMPT
+from nanomblip.runs import pick_device
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import load_mblip, read_json, write_atomic
 
@@ -87,10 +88,12 @@ def decoding_of(cfg: Config) -> Decoding:
 
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config, argv, "Caption pictures in one of many languages.")
+    if not cfg.image:
+        raise ValueError("--image is missing; name at least one picture or folder")
     files = list_images(list(cfg.image))
     folder, decoding = find_model(cfg.model), decoding_of(cfg)
     lang = parse_lang(cfg.lang, spoken(folder))
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(cfg.device)
     if cfg.batch < 1:
         raise ValueError(f"--batch {cfg.batch}: at least 1")
     question = (cfg.prompt or EVAL_PROMPT).replace("{L}", LANGUAGES[lang].name)

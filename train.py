@@ -33,7 +33,7 @@ from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import Batches, Mixture, parse_tasks
-from nanomblip.runs import Interrupt, Log, State, ignore_interrupt, remove_leftovers
+from nanomblip.runs import Interrupt, Log, State, ignore_interrupt, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import digest, load_mblip, read_json, save_mblip, write_json
 
@@ -53,7 +53,7 @@ class Config:
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
-    steps: int = flag(1000, "optimizer steps")
+    steps: int = flag(800, "optimizer steps")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
@@ -219,9 +219,7 @@ def main(argv: list[str]) -> int:
         folder = Path(cfg.out) / name
         if folder.exists():
             raise ValueError(f"{folder} exists; go on with it by --resume {folder}, or give another --run")
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: auto, cpu or cuda")
+    device = pick_device(cfg.device)
 
     # Data: pictures, names, languages, tasks.
     emoji = load_emoji(cfg.concepts)
@@ -347,7 +345,7 @@ def main(argv: list[str]) -> int:
         config=asdict(cfg), trained=train, seconds=round(seconds, 1), examples_seen=cfg.steps * cfg.accumulate * cfg.batch,
         final_loss=loss_log.recent_mean(1), parameters=sum(p.numel() for p in model.parameters()),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=device,
+        torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=str(device),
         model_sha256=digest(dict(model.named_parameters())),
         summary={which: dict(zip(("english", "other"), summary(r))) for which, r in results.items()},
         results=results, samples=examples,

@@ -22,6 +22,16 @@ def flag(default, help: str, choices: tuple | None = None, many: bool = False):
     return field(default=default, metadata={"help": help, "choices": choices, "many": many})
 
 
+class _Switch(argparse.Action):
+    """`--name` sets True, `--no_name` False."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__([f"--{dest}", f"--no_{dest}"], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
@@ -35,17 +45,13 @@ def parse_flags(cls, argv: list[str], description: str):
         kind = f.type if isinstance(f.type, type) else type(f.default)
         options = dict(default=f.default, help=f.metadata["help"])
         if kind is bool:  # never type=bool: bool("False") is True
-            options["action"] = argparse.BooleanOptionalAction
+            options["action"] = _Switch
         else:
             options |= dict(type=str if f.default is None or f.metadata["many"] else kind, choices=f.metadata["choices"])
             options |= dict(metavar=f.name.upper()) if f.metadata["choices"] is None else {}
             options |= dict(nargs="+") if f.metadata["many"] else {}
         assert f.default is not MISSING, f"{f.name} needs a default"
-        names = [f"--{f.name}"]
-        parser.add_argument(*names, **options)
-    for action in parser._actions:  # argparse writes --no-name, all other flags here have underscores
-        action.option_strings = [s.replace("--no-", "--no_") for s in action.option_strings]
-    parser._option_string_actions = {s: a for a in parser._actions for s in a.option_strings}
+        parser.add_argument(f"--{f.name}", **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)

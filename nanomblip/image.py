@@ -299,8 +299,8 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 def random_crop_box(width: int, height: int, rng: random.Random, smallest: float = 0.5) -> tuple[int, int, int, int]:
     """Draw a crop (left, top, right, bottom) in pixels, as torchvision's RandomResizedCrop does.
 
-    The share of the area is uniform from `smallest` to 1; the aspect ratio, width / height, is uniform in its logarithm, so that wide and
-    tall are equally likely. Ten tries to fit inside; then the largest central crop with an allowed ratio.
+    The share of the area is uniform from `smallest` to 1; the aspect ratio, width / height, is uniform in its logarithm,
+    so that wide and tall are equally likely. Ten tries to fit inside; then the largest central crop with an allowed ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(smallest, 1.0)

@@ -123,6 +123,15 @@ class Interrupt:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` means: auto takes CUDA where there is one; ValueError for what this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: not here; give auto, cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    return torch.device(name)
+
+
 def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process decides
 

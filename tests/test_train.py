@@ -212,6 +212,7 @@ def process(*flags):
     """A real `python train.py` on the small model, as a process that can be killed."""
     code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import train, test_train\n"
             "train.PRESETS['nano'] = test_train.SMALL; train.MEASUREMENTS = ('validation',)\n"
+            "train.load_emoji, train.LanguageID = (lambda _: test_train.EMOJI), (lambda _: test_train.LANGUAGE_ID)\n"
             "train.run_main(train.main)")  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
@@ -226,7 +227,7 @@ def wait_for_step(run, step, seconds=60):
     raise AssertionError(f"step {step} was not reached")
 
 
-LONG = [*FLAGS[2:], "--steps", "120", "--save_every", "0", "--eval_every", "0"]
+LONG = [*FLAGS[2:], "--steps", "90", "--save_every", "0", "--eval_every", "0"]
 
 
 def test_kill_9_and_sigterm_cost_nothing_but_time():
@@ -234,13 +235,13 @@ def test_kill_9_and_sigterm_cost_nothing_but_time():
     whole.communicate()
     rng = random.Random(0)
     run = process(*LONG, "--run", "killed")
-    for round, at in enumerate((5, 40, 80)):
+    for at in (5, 60):
         wait_for_step("killed", at)
         time.sleep(rng.random() / 20)  # somewhere in a step, or in the middle of a save
         run.kill()
         run.communicate()
         run = process("--resume", "out/killed", "--save_every", "0")
-    wait_for_step("killed", 100)
+    wait_for_step("killed", 75)
     run.send_signal(signal.SIGTERM)
     assert run.wait(30) == 143
     last = process("--resume", "out/killed")
