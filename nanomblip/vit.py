@@ -106,7 +106,7 @@ class ViT(nn.Module):
         """Draw fresh weights (the official ones are loaded instead): matrices with deviation 1/sqrt(inputs).
 
         The usual fixed 0.02 suits a width of 768 or more. At nano's 192, with BERT's LayerNorms behind it, only 0.04 % of
-        the variance of what reaches the language model came from the picture, and training never found it; here it is 7 %.
+        the variance of what reaches the language model came from the picture; drawn like this, 7 %.
         """
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
