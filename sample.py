@@ -71,7 +71,10 @@ def find_model(name: str) -> Path:
 def spoken(folder: Path) -> list[str] | None:
     """The languages that a model says it was trained to answer in; None (the official ones do not say) means all 96."""
     config = read_json(folder / "config.json")
-    return config.get("languages") if isinstance(config, dict) else None
+    languages = config.get("languages") if isinstance(config, dict) else None
+    if languages is not None and not (isinstance(languages, list) and languages and all(code in LANGUAGES for code in languages)):
+        raise ValueError(f"{folder / 'config.json'}: languages is not a list of language codes")
+    return languages
 
 
 def decoding_of(cfg: Config) -> Decoding:
@@ -96,6 +99,11 @@ def main(argv: list[str]) -> int:
     device = pick_device(cfg.device)
     if cfg.batch < 1:
         raise ValueError(f"--batch {cfg.batch}: at least 1")
+    if cfg.sample and cfg.num_beams > 1:
+        raise ValueError("--num_beams goes without --sample: a sample is one text, drawn piece by piece")
+    out = Path(cfg.out).resolve() if cfg.out else None  # behind a symbolic link, its target
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--out {cfg.out}: " + ("is a folder" if out.is_dir() else "its folder does not exist"))
     question = (cfg.prompt or EVAL_PROMPT).replace("{L}", LANGUAGES[lang].name)
     if not question.strip():
         raise ValueError("--prompt is empty; leave it out for a caption")
@@ -103,10 +111,12 @@ def main(argv: list[str]) -> int:
     tokenizer = Tokenizer(folder / "spiece.model")
     size = ImageConfig.from_hf(read_json(folder / "preprocessor_config.json"))
     model = load_mblip(folder).to(device)
-    print(f"{sys.argv[0]}: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
+    if size.size != model.cfg.vit.image_size:
+        raise ValueError(f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}")
+    print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
     ids = tokenizer.encode(question, MAX_PROMPT)
-    if len(ids) == MAX_PROMPT:
-        print(f"{sys.argv[0]}: the prompt is longer than {MAX_PROMPT} pieces; its end is left out", file=sys.stderr)
+    if len(ids) < len(tokenizer.encode(question, MAX_PROMPT + 1)):
+        print(f"sample.py: the prompt is longer than {MAX_PROMPT} pieces; its end is left out", file=sys.stderr)
 
     lines, bad = [], []
     for start in range(0, len(files), cfg.batch):
@@ -126,13 +136,18 @@ def main(argv: list[str]) -> int:
             lines.append(json.dumps(dict(image=str(file), lang=lang, prompt=question, text=texts[0], texts=texts), ensure_ascii=False))
             if not cfg.out:
                 for text in texts:
-                    print(text if len(files) == 1 else f"{file}\t{text}", flush=True)
-    if cfg.out:
-        write_atomic(Path(cfg.out), lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
+                    print(text if len(files) == 1 else f"{json.dumps(str(file), ensure_ascii=False)[1:-1]}\t{text}", flush=True)
+    if out is not None:
+        # A file name that is not UTF-8 holds lone surrogates; "\udcff" is what JSON itself writes for them.
+        data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+        if out.exists() and not out.is_file():  # a pipe or a device: nothing to replace
+            out.write_bytes(data)
+        else:
+            write_atomic(out, lambda path: path.write_bytes(data))
     for error in bad:
-        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+        print(f"sample.py: error: {error}", file=sys.stderr)
     if len(files) > 1 and bad:
-        print(f"{sys.argv[0]}: {len(bad)} of {len(files)} pictures could not be read", file=sys.stderr)
+        print(f"sample.py: {len(bad)} of {len(files)} pictures could not be read", file=sys.stderr)
     return 0 if not bad else 2 if len(bad) == len(files) else 1
 
 

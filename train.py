@@ -33,7 +33,7 @@ from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import Batches, Mixture, parse_tasks
-from nanomblip.runs import Interrupt, Log, State, ignore_interrupt, pick_device, remove_leftovers
+from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import digest, load_mblip, read_json, save_mblip, write_json
 
@@ -82,8 +82,8 @@ class Config:
         for name, low in dict(steps=1, batch=1, accumulate=1, warmup=0, weight_decay=0, views=0, seed=0, workers=0,
                               eval_pictures=1, eval_every=0, save_every=0).items():  # fmt: skip
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"--{name} {value}: at least {low}")
+            if not low <= value < 2**63:  # written so that nan fails too
+                raise ValueError(f"--{name} {value}: at least {low}, below 2**63")
         for name in ("lr", "muon_lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
@@ -91,7 +91,7 @@ class Config:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
             raise ValueError(f"--crop {self.crop}: above 0, at most 1")
-        if self.run != Path(self.run).name:
+        if self.run != Path(self.run).name or self.run == ".." or not self.run.isprintable():
             raise ValueError(f"--run {self.run!r}: a plain name, the folder is --out")
 
 
@@ -101,8 +101,12 @@ MACHINE = ("save_every", "workers", "device", "out", "run", "resume")
 
 def resumed_config(cfg: Config, argv: list[str]) -> Config:
     """The stored config of the run to resume, with this call's MACHINE flags; refuses flags that contradict it."""
+    if not (Path(cfg.resume) / "train.json").is_file():
+        raise ValueError(f"--resume {cfg.resume}: not the folder of a run (it has no train.json)")
     stored = read_json(Path(cfg.resume) / "train.json")
-    if not isinstance(stored, dict) or set(stored) != {f.name for f in fields(Config)}:
+    kinds = {f.name: (int, float) if type(f.default) is float else (type(f.default),) for f in fields(Config)}
+    fits = isinstance(stored, dict) and set(stored) == set(kinds) and all(type(stored[name]) in kinds[name] for name in kinds)
+    if not fits:
         raise ValueError(f"{cfg.resume}/train.json does not fit this version of train.py; start a new run")
     given = {word.split("=")[0].removeprefix("--").removeprefix("no_") for word in argv if word.startswith("--")}
     for name in given - set(MACHINE):
@@ -217,8 +221,10 @@ def main(argv: list[str]) -> int:
     else:
         name = cfg.run or time.strftime("%Y-%m-%d_%H%M%S_") + cfg.lang_mix.replace(",", "-").replace(":", "")[:40]
         folder = Path(cfg.out) / name
-        if folder.exists():
+        if (folder / "train.json").exists():
             raise ValueError(f"{folder} exists; go on with it by --resume {folder}, or give another --run")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not a run; give another --run")
     device = pick_device(cfg.device)
 
     # Data: pictures, names, languages, tasks.
@@ -258,11 +264,13 @@ def main(argv: list[str]) -> int:
     optimizers = build_optimizers(model, kind, cfg)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)  # noqa: F841, held until main returns
+    remove_leftovers(folder)
     state = State(folder, model, optimizers)
     step, seconds = state.load() if cfg.resume else (0, 0.0)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    write_json(folder / "train.json", asdict(cfg))
+    if not cfg.resume:
+        write_json(folder / "train.json", asdict(cfg))
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
 
@@ -330,6 +338,9 @@ def main(argv: list[str]) -> int:
     bar.close()
     save()
     state.older.unlink(missing_ok=True)  # it was for accidents on the way
+    if interrupt.signal:  # it came during the last step or the last save
+        print(f"saved at step {step}; evaluate with: python train.py --resume {folder}", file=sys.stderr)
+        return 128 + interrupt.signal
     interrupt.release()
 
     # What it can do now: fixed splits, greedy captions.

@@ -15,6 +15,7 @@ import difflib
 import os
 import sys
 from dataclasses import MISSING, field, fields
+from pathlib import Path
 
 
 def flag(default, help: str, choices: tuple | None = None, many: bool = False):
@@ -69,7 +70,7 @@ def run_main(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its exit
         status = 141
     except (ValueError, OSError) as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -47,7 +47,7 @@ class Decoding:
     def __post_init__(self):
         for name, least in dict(num_beams=1, min_new_tokens=0, max_new_tokens=1, num_return=1, top_k=0, seed=0).items():
             if not least <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} is {getattr(self, name)}: it is at least {least}")
+                raise ValueError(f"{name} is {getattr(self, name)}: it is at least {least} and below 2**63")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}")
         if self.num_return > self.num_beams:

@@ -223,6 +223,8 @@ class ImageConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "ImageConfig":
         """Read the content of a `preprocessor_config.json`; ValueError lists every value that is not implemented."""
+        if not isinstance(config, dict):
+            raise ValueError("preprocessor_config.json does not hold an object")
         config = {key: value for key, value in config.items() if value is not None}  # null means: the default
         config.pop("processor_class", None)
         kind = config.pop("image_processor_type", "BlipImageProcessor")

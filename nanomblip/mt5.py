@@ -46,6 +46,9 @@ class MT5Config:
     def __post_init__(self):
         if self.gelu not in ("tanh", "none"):
             raise ValueError(f"gelu is 'tanh' or 'none', not {self.gelu!r}")
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ValueError(f"{self.buckets} position buckets up to distance {self.max_distance}: at least 4 buckets, and the "
+                             "distance must pass the exact half of them")  # fmt: skip
 
 
 class MT5Norm(nn.Module):

@@ -15,6 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from nanomblip.weights import WeightsError, digest, open_safetensors, save_tensors
 
 
@@ -48,7 +53,10 @@ class State:
         for path in (self.path, self.older):
             if path.exists():
                 try:
-                    return self._load(path)
+                    found = self._load(path)
+                    if path == self.older:
+                        self.path.unlink(missing_ok=True)  # else the next save would put the damaged one over the good one
+                    return found
                 except WeightsError as error:
                     problems.append(str(error))
                     print(f"{error}; trying the one before", file=sys.stderr)
@@ -139,4 +147,25 @@ def ignore_interrupt(worker: int) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete the half-written files of a process that was killed while it saved (ours, and safetensors' own)."""
     for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
-        leftover.unlink()
+        if leftover.is_file():
+            leftover.unlink()
+
+
+class RunLock:
+    """Holds a run's folder for this process, as long as the object lives; ValueError when another process has it.
+
+    The kernel gives the lock back when a process ends, however it ends. Without `fcntl` (Windows) nothing is locked.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = None
+        if fcntl is not None:
+            self.file = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{folder}: another process is at work in this run; wait for it or stop it") from None
+
+    def __del__(self):
+        if self.file is not None:
+            os.close(self.file)

@@ -20,6 +20,12 @@ def test_buckets_equal_transformers(two_sided, buckets, max_distance):
     assert torch.equal(relative_bucket(distance, buckets, max_distance, two_sided), want)
 
 
+@pytest.mark.parametrize("buckets,max_distance", [(3, 128), (32, 16), (0, 10)])
+def test_buckets_without_a_logarithmic_half_are_refused(buckets, max_distance):
+    with pytest.raises(ValueError, match="buckets"):
+        replace(TINY.mt5, buckets=buckets, max_distance=max_distance)
+
+
 @pytest.mark.parametrize("gelu", ["tanh", "none"])
 def test_parity_with_transformers(gelu, tmp_path):
     model = tiny_mblip(replace(TINY, mt5=replace(TINY.mt5, gelu=gelu)))

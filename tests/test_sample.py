@@ -1,6 +1,7 @@
 """sample.py as a user meets it: good pictures, bad pictures, wrong flags; never a traceback."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,7 +128,7 @@ def test_a_bad_picture_is_one_line_and_status_2(capsys, tmp_path, content, words
 @pytest.mark.parametrize("flags,words", [
     ("--lang klingon", "unknown language 'klingon'"), ("--lang de", "en sw th"), ("--lang swahilli", "Swahili (sw)"), ("", "--image"),
     ("--model nowhere", "nowhere"), ("--num_beams -1", "num_beams"), ("--num_return 3", "num_return"), ("--temperature 0.5", "--sample"),
-    ("--sample --top_p 2", "top_p"), ("--preset best", "--preset"), ("--batch 0", "--batch"), ("--imagee x", "--image"),
+    ("--sample --top_p 2", "top_p"), ("--sample --num_beams 5", "--num_beams"), ("--preset best", "--preset"), ("--batch 0", "--batch"), ("--imagee x", "--image"),
     ("--sample --temperature nan", "temperature"), ("--device tpu", "--device"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(capsys, flags, words):
@@ -143,6 +144,33 @@ def test_odd_prompts(capsys, prompt):
         assert status == 0 and out.count("\n") == 1 and ("left out" in err) == (len(prompt) > 1000)
     else:
         assert status == 2 and "empty" in err
+
+
+def test_out_goes_through_links_and_pipes_and_takes_any_name(capsys, tmp_path):
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    real.write_text("old")
+    link.symlink_to(real)
+    assert run(capsys, "--image", CAT, "x\udcff\n.png", "--out", link, "--prompt", "hi \udcff")[0] == 1
+    assert link.is_symlink() and json.loads(real.read_text())["prompt"] == "hi \udcff"
+    status, _, err = run(capsys, "--image", CAT, "--out", "/dev/null")
+    assert status == 0 and not Path("/dev/null").is_file()
+    for target, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.jsonl", "does not exist")):
+        status, _, err = run(capsys, "--image", CAT, "--out", target)
+        assert status == 2 and words in err and "--out" in err and "weights" not in err  # before the model is loaded
+
+
+@pytest.mark.parametrize("file,change,words", [
+    ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "32"), ("preprocessor_config.json", [], "object"),
+    ("config.json", {"languages": 5}, "languages"), ("config.json", {"languages": "sw"}, "languages"),
+    ("config.json", {"languages": ["zz"]}, "languages"),
+])  # fmt: skip
+def test_contradicting_files_are_one_line(capsys, tmp_path, weights, file, change, words):
+    folder = tmp_path / "w"
+    shutil.copytree(weights, folder)
+    old = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(old | change if isinstance(change, dict) else change))
+    status, out, err = run(capsys, "--image", CAT, "--model", folder)
+    assert status == 2 and out == "" and words in err and err.count("error") == 1
 
 
 def test_beams_nbest_and_sampling(capsys):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from nanomblip.mblip import MBLIP, PRESETS
+from nanomblip.runs import RunLock, State
 from nanomblip.weights import load_mblip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
     ("--steps 0", "--steps 0"), ("--steps x", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--beta2 1", "--beta2"),
     ("--lang_mix klingon", "klingon"), ("--lang_mix sw:0", "--lang_mix"), ("--lang_alpha nan", "--lang_alpha"),
     ("--tasks dance", "--tasks"), ("--concepts some", "--concepts"), ("--train nothing", "--train"), ("--init nowhere", "nowhere"),
-    ("--run a/b", "--run"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
+    ("--run a/b", "--run"), ("--run ..", "--run"), ("--run q\udcff", "--run"), ("--seed 99999999999999999999", "--seed"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
     ("--lang_mix sw --hold_out_langs sw", "--hold_out_langs"), ("--batch 4.5", "--batch"), ("--no_checkpointin", "checkpointing"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
@@ -201,6 +202,10 @@ def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_flags():
     Path("out/r").mkdir(parents=True)
+    Path("out/r/other").touch()
+    with pytest.raises(ValueError, match="is not a run"):
+        train.main([*FLAGS, "--run", "r"])
+    Path("out/r/train.json").touch()
     with pytest.raises(ValueError, match="--resume out/r"):
         train.main([*FLAGS, "--run", "r"])
     assert train.main([*FLAGS, "--run", "s"]) == 0
@@ -249,3 +254,34 @@ def test_kill_9_and_sigterm_cost_nothing_but_time():
     assert (whole.returncode, last.returncode) == (0, 0)
     assert everything("killed") == everything("whole")
     assert not list(Path("out/killed").glob(".*.tmp"))
+
+
+def test_after_a_damaged_state_the_good_one_is_never_overwritten_by_it(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    state = State(tmp_path, model, [torch.optim.AdamW(model.parameters())])
+    state.save(1, 0.0)
+    state.save(2, 0.0)
+    data = bytearray(state.path.read_bytes())
+    data[-3] ^= 1
+    state.path.write_bytes(data)
+    assert state.load()[0] == 1
+    state.save(3, 0.0)
+    state.path.unlink()  # as if that save had been cut off
+    assert state.load()[0] == 1
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path):
+    lock = RunLock(tmp_path)
+    with pytest.raises(ValueError, match="another process"):
+        RunLock(tmp_path)
+    del lock
+    RunLock(tmp_path)
+
+
+@pytest.mark.parametrize("key,value", [("steps", None), ("steps", 2.5), ("checkpointing", 1), ("lang_mix", 3)])
+def test_a_damaged_config_cannot_be_resumed(key, value):
+    Path("out/r").mkdir(parents=True)
+    config = {f.name: f.default for f in train.fields(train.Config)}
+    Path("out/r/train.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match="does not fit"):
+        train.main(["--resume", "out/r"])

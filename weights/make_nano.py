@@ -32,7 +32,7 @@ from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import PRESETS  # noqa: E402
 from nanomblip.mixture import CAPTION, NAMING  # noqa: E402
 from nanomblip.mt5 import MT5, KVCache  # noqa: E402
-from nanomblip.runs import Interrupt, Log, State, remove_leftovers  # noqa: E402
+from nanomblip.runs import Interrupt, Log, RunLock, State, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.weights import save_mt5, write_json  # noqa: E402
 
@@ -175,9 +175,10 @@ def main(argv: list[str]) -> int:
     rest = [p for p in model.parameters() if id(p) not in is_hidden]
     optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
                   torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01)]  # fmt: skip
-    state = State(work, model, optimizers)
     work.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(work)  # noqa: F841, held until main returns
     remove_leftovers(work)
+    state = State(work, model, optimizers)
     step, seconds = state.load()
     log = Log(work / "loss.csv", ("step", "loss"), step)
     tests = Log(work / "exact.csv", ("step", "exact_match"), step)
