@@ -67,7 +67,7 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     crop: float = flag(0.8, "smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
     views: int = flag(4, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = flag(0, "seed of everything random")
     eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
     eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")

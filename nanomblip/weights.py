@@ -306,25 +306,22 @@ def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32) -> MBLIP:
     Raises WeightsError for a missing or damaged file, an unknown or a missing key, a wrong shape or a tensor that is
     not floating point.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder")
-    cfg = config_from_hf(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = MBLIP(cfg)
-    _fill(model, folder, {official: mine for mine, official in official_names(model).items()}, "language_model.", dtype)
-    return model.eval()
+    return _load(Path(folder), MBLIP, config_from_hf, official_names, "language_model.", dtype)
 
 
 def load_mt5(folder: Path | str, dtype: torch.dtype = torch.float32) -> MT5:
     """Build and fill a language model by itself (an mT0 or mT5 folder of the hub, or ours); errors as in `load_mblip`."""
-    folder = Path(folder)
+    return _load(Path(folder), MT5, mt5_config_from_hf, mt5_names, "", dtype)
+
+
+def _load(folder: Path, cls, config_of, names_of, prefix: str, dtype: torch.dtype) -> nn.Module:
+    """Build a `cls` on the meta device and fill it; config_of and names_of as above, prefix as in `_fill`."""
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
-    cfg = mt5_config_from_hf(read_json(folder / "config.json"))
+    cfg = config_of(read_json(folder / "config.json"))
     with torch.device("meta"):
-        model = MT5(cfg)
-    _fill(model, folder, {official: mine for mine, official in mt5_names(model).items()}, "", dtype)
+        model = cls(cfg)
+    _fill(model, folder, {official: mine for mine, official in names_of(model).items()}, prefix, dtype)
     return model.eval()
 
 

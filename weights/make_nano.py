@@ -28,10 +28,11 @@ sys.path.insert(0, str(ROOT))
 from nanomblip.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
 from nanomblip.evaluate import mean, normal  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
+from nanomblip.generate import Decoding, write_one_each  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import PRESETS  # noqa: E402
 from nanomblip.mixture import CAPTION, NAMING  # noqa: E402
-from nanomblip.mt5 import MT5, KVCache  # noqa: E402
+from nanomblip.mt5 import MT5  # noqa: E402
 from nanomblip.runs import Interrupt, Log, RunLock, State, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.weights import save_mt5, write_json  # noqa: E402
@@ -136,14 +137,10 @@ def translate(model: MT5, tokenizer: Tokenizer, prompts: list[str], batch: int =
     for i in range(0, len(prompts), batch):
         prompt = tokenizer.batch(prompts[i : i + batch])
         mask = prompt != Tokenizer.pad
-        memory, cache = model.encode(model.embed(prompt), mask), KVCache(len(model.decoder.blocks))
-        ids = torch.full((len(prompt), 1), Tokenizer.pad)
-        for _ in range(24):
-            logits = model.decode(ids[:, -1:], memory, mask, cache)[:, -1, : len(tokenizer)]
-            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-            if (ids == Tokenizer.eos).any(dim=1).all():
-                break
-        answers += [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
+        memory = model.encode(model.embed(prompt), mask)  # (B, S, D)
+        may = (torch.arange(model.cfg.vocab) < len(tokenizer)).expand(len(prompt), -1)  # (B, V), pieces only
+        found = write_one_each(model, memory, mask, may, Decoding(max_new_tokens=24), [0] * len(prompt), None)
+        answers += [tokenizer.decode(best[0].ids) for best in found]
     return answers
 
 
