@@ -33,25 +33,43 @@ def texts(emoji):
     return make_nano.Texts(emoji, Tokenizer(DATA / "spiece.model"), 8064, seed=0)
 
 
-def test_examples_are_a_function_of_their_index(emoji, texts):
+def same(a, b):
+    return all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+def test_a_pool_is_a_function_of_its_number_and_of_what_is_known(emoji, texts):
     again = make_nano.Texts(emoji, texts.tokenizer, 8064, seed=0)
-    assert [texts.example(i) for i in (7, 3, 99)] == [again.example(i) for i in (7, 3, 99)]
-    assert texts.example(7) != make_nano.Texts(emoji, texts.tokenizer, 8064, seed=1).example(7)
+    first = texts.pool(3, 8)
+    assert same(first, again.pool(3, 8)) and not same(first, again.pool(4, 8))
+    assert not same(first, make_nano.Texts(emoji, texts.tokenizer, 8064, seed=1).pool(3, 8))
+    again.loss[1000:] = 0.0
+    assert not same(first, again.pool(3, 8))
+
+
+def test_what_is_known_is_drawn_a_tenth_as_often(emoji):
+    texts = make_nano.Texts(emoji, Tokenizer(DATA / "spiece.model"), 8064, seed=0)
+    half = len(texts.pairs) // 2
+    for _ in range(9):  # the running loss halves each time
+        texts.note(torch.arange(half), torch.zeros(half))
+    texts.note(torch.tensor([-1]), torch.tensor([5.0]))  # no pair: nothing changes
+    assert texts.loss[:half].max() < 0.002 and bool((texts.loss[half:] == 1).all())
+    drawn = torch.cat([pair for _, _, pair in texts.pool(0, 64)])
+    drawn = drawn[drawn >= 0]
+    share = (drawn < half).float().mean().item()
+    assert abs(share - 1 / 11) < 4 * (1 / 11 / len(drawn)) ** 0.5
 
 
 def test_translations_name_the_language_of_their_target(emoji, texts):
-    names = {name: lang for lang, of_lang in emoji.names.items() for name in of_lang.values()}
-    languages = {make_nano.LANGUAGES[lang].name: lang for lang in emoji.langs}
-    checked = Counter()
-    for i in range(3000):
-        prompt, target = (texts.tokenizer.decode(ids) for ids in texts.example(i))
-        lang = next((code for name, code in languages.items() if prompt.startswith(f"Translate to {name}: ")), None)
-        if lang is not None:
-            assert target in emoji.names[lang].values(), (prompt, target)
-            source = prompt.split(": ", 1)[1]
-            assert source in names
+    checked, rng = Counter(), random.Random(0)
+    for _ in range(3000):
+        pair = rng.randrange(len(texts.pairs))
+        prompt, target, found = texts.example(rng, pair)
+        if found >= 0:
+            lang, concept = texts.pairs[found]
+            assert texts.tokenizer.decode(target) == emoji.names[lang][concept]
+            assert make_nano.LANGUAGES[lang].name in texts.tokenizer.decode(prompt)
             checked[lang] += 1
-    assert len(checked) > 70
+    assert len(checked) == 85 and checked.total() > 2400
 
 
 def test_hidden_spans_put_back_give_the_text(texts):
@@ -77,7 +95,8 @@ def test_stopped_and_resumed_ends_with_the_same_model(monkeypatch, tmp_path):
     small = replace(PRESETS["nano"].mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1)
     monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], mt5=small))
     monkeypatch.setattr(make_nano, "exact_match", lambda model, tokenizer, emoji, limit: {"sw": 0.5})
-    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4".split()
+    monkeypatch.setattr(make_nano, "POOL", 3)  # a stop waits for the end of a pool
+    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4 --no_bf16".split()
     run = lambda name: make_nano.main([*flags, "--work", str(tmp_path / "work" / name), "--out", str(tmp_path / name)])
     assert run("whole") == 0
 
@@ -90,7 +109,7 @@ def test_stopped_and_resumed_ends_with_the_same_model(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(make_nano, "tqdm", Bar)
         assert run("cut") == 143
-    assert json.loads((tmp_path / "cut" / "mt0" / "record.json").read_text())["steps_done"] == 5
+    assert json.loads((tmp_path / "cut" / "mt0" / "record.json").read_text())["steps_done"] == 6
     assert run("cut") == 0
     models = [load_mt5(tmp_path / name / "mt0") for name in ("whole", "cut")]
     assert digest(dict(models[0].named_parameters())) == digest(dict(models[1].named_parameters()))

@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import PRESETS  # noqa: E402
 from nanomblip.mixture import CAPTION, NAMING  # noqa: E402
 from nanomblip.mt5 import MT5  # noqa: E402
-from nanomblip.runs import Interrupt, Log, RunLock, State, remove_leftovers  # noqa: E402
+from nanomblip.runs import Interrupt, Log, RunLock, State, keep_memory, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.weights import save_mt5, write_json  # noqa: E402
 
@@ -41,7 +40,7 @@ from nanomblip.weights import save_mt5, write_json  # noqa: E402
 @dataclass(frozen=True)
 class Config:
     stage: str = flag("mt0", "which model to make", ("mt0",))
-    steps: int = flag(12000, "optimizer steps")
+    steps: int = flag(9000, "optimizer steps")
     batch: int = flag(256, "examples in a step")
     lr: float = flag(2e-3, "AdamW's peak learning rate: embedding, head, norms, position tables")
     muon_lr: float = flag(0.02, "Muon's peak learning rate: the matrices inside the blocks")
@@ -49,6 +48,7 @@ class Config:
     decay: float = flag(0.3, "share of the steps, at the end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
     seed: int = flag(0, "of everything random")
+    bf16: bool = flag(True, "matrix products in bf16 (autocast); --no_bf16 where the processor has no instructions for it")
     save_every: float = flag(120.0, "seconds between saves")
     eval_every: int = flag(1000, "steps between looks at the exact match")
     work: str = flag("out/make_nano", "folder for the state between calls")
@@ -57,42 +57,50 @@ class Config:
 
 # Instructions for text; {x} is a name in some language, {L} the language wanted. The last two are what re-alignment will
 # use: mBLIP's own prompts, behind a description instead of behind a picture.
-TRANSLATE = ("Translate to {L}: {x}", "{x} in {L}:", "What is the {L} word for {x}?", "{x}. {caption}", "{x}. {naming}")
+TRANSLATE = {"{x}. {caption}": 6, "{x} in {L}:": 3, "Translate to {L}: {x}": 1, "What is the {L} word for {x}?": 1, "{x}. {naming}": 1}
+POOL = 64  # batches whose examples are drawn, and sorted by length, together
+FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
 class Texts:
-    """The endless stream of text examples (prompt ids, target ids), a pure function of (seed, index).
+    """The endless stream of text examples, a pure function of (seed, number of the pool) and of what is known by then.
 
-    Of 20 examples 16 translate a name into another language (from English half of the time, else from any), 3 go between
-    a name and its keywords, and 1 fills hidden spans of the Declaration of Human Rights. Every (language, concept) pair
-    occurs, those held out from re-alignment included: the language model has read everything, as mT0 has.
+    Of 20 examples 17 translate a name into another language (from English two times in three, else from any), 2 go
+    between a name and its keywords, and 1 fills hidden spans of the Declaration of Human Rights. Every (language, concept)
+    pair occurs, those held out from re-alignment included: the language model has read everything, as mT0 has.
+
+    `loss` float (pairs,) is the running loss of each name in nats a piece, 1 at the start. A name is drawn in proportion
+    to it, between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3).
     """
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, vocab: int, seed: int):
         self.emoji, self.tokenizer, self.seed, self.last = emoji, tokenizer, seed, vocab - 1
         self.langs = list(emoji.langs)
-        self.concepts = {lang: list(of_lang) for lang, of_lang in emoji.names.items()}
+        self.pairs = [(lang, concept) for lang, of_lang in emoji.names.items() for concept in of_lang]
+        self.loss = torch.ones(len(self.pairs))
         self.paragraphs = [text for texts in load_udhr().values() for text in texts]
-        self.pool = lru_cache(maxsize=2)(self._pool)
 
-    def example(self, index: int) -> tuple[list[int], list[int]]:
-        rng = random.Random(f"{self.seed}/text/{index}")
+    def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int]:
+        """Prompt ids, target ids, and the pair whose name is the target (-1: none)."""
         kind = rng.randrange(20)
         if kind == 0:
-            return self.spans(rng)
-        lang = rng.choice(self.langs)
-        concept, L = rng.choice(self.concepts[lang]), LANGUAGES[lang].name
-        name, words = self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
-        if kind <= 3 and words:
+            return *self.spans(rng), -1
+        lang, concept = self.pairs[pair]
+        L, name, words = LANGUAGES[lang].name, self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
+        if kind <= 2 and words:
             some = ", ".join(rng.sample(words, min(len(words), 4)))
-            prompt, target = rng.choice(((f"List keywords in {L}: {name}", some), (f"Name it in {L}: {some}", name)))
+            if rng.random() < 0.5:
+                prompt, target, pair = f"List keywords in {L}: {name}", some, -1
+            else:
+                prompt, target = f"Name it in {L}: {some}", name
         else:
-            source = "en" if rng.random() < 0.5 else rng.choice(self.langs)
+            source = "en" if rng.random() < 2 / 3 else rng.choice(self.langs)
             x = self.emoji.names[source].get(concept) or self.emoji.names["en"][concept]
             more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
-            prompt, target = rng.choice(TRANSLATE).format(L=L, x=x, **more), name
-        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48)
+            (template,) = rng.choices(list(TRANSLATE), TRANSLATE.values())
+            prompt, target = template.format(L=L, x=x, **more), name
+        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair
 
     def spans(self, rng: random.Random):
         """Span corruption: hidden spans become sentinels, counted down from the last row of the matrix as in mT5."""
@@ -111,17 +119,25 @@ class Texts:
                 i += 1
         return [*prompt, Tokenizer.eos], [*target, sentinel, Tokenizer.eos]
 
-    def _pool(self, number: int, batch: int) -> list[list[tuple]]:
-        rows = [self.example(i) for i in range(number * 16 * batch, (number + 1) * 16 * batch)]
-        rows.sort(key=lambda row: (len(row[1]), len(row[0])))  # targets of about the same length: little padding
-        batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-        random.Random(f"{self.seed}/pool/{number}").shuffle(batches)
-        return batches
+    def pool(self, number: int, batch: int) -> list[tuple]:
+        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,)).
 
-    def batch(self, step: int, size: int):
-        """Batch of one step: prompt long (B, S), labels long (B, T) with -100 as padding."""
-        rows = self.pool(step // 16, size)[step % 16]
-        return pad_rows([p for p, _ in rows], Tokenizer.pad), pad_rows([t for _, t in rows], -100)
+        Sorted by the target's length, then each sixteenth by the prompt's: without that, padding doubles the encoder's work.
+        """
+        rng = random.Random(f"{self.seed}/text/{number}")
+        drawn = rng.choices(range(len(self.pairs)), self.loss.clamp(FLOOR, 1.0).tolist(), k=POOL * batch)
+        rows = sorted((self.example(rng, pair) for pair in drawn), key=lambda row: len(row[1]))
+        share = POOL * batch // 16
+        rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[0]))]
+        parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        rng.shuffle(parts)
+        return [(pad_rows([p for p, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _ in part], -100),
+                 torch.tensor([pair for _, _, pair in part])) for part in parts]  # fmt: skip
+
+    def note(self, pair: torch.Tensor, loss: torch.Tensor) -> None:
+        """Update the running losses: pair long (B,), loss float (B,)."""
+        known = pair >= 0
+        self.loss[pair[known]] = 0.5 * self.loss[pair[known]] + 0.5 * loss[known]
 
 
 def rate(cfg: Config, step: int) -> float:
@@ -159,6 +175,7 @@ def exact_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> d
 
 
 def main(argv: list[str]) -> int:
+    keep_memory()
     cfg = parse_flags(Config, argv[1:] if argv[:1] == ["mt0"] else argv, "Make nano's language model.")
     work, out = Path(cfg.work) / cfg.stage, Path(cfg.out) / cfg.stage
     emoji, tokenizer = load_emoji(cfg.concepts), Tokenizer(ROOT / "data" / "spiece.model")
@@ -175,35 +192,39 @@ def main(argv: list[str]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     lock = RunLock(work)  # noqa: F841, held until main returns
     remove_leftovers(work)
-    state = State(work, model, optimizers)
+    state = State(work, model, optimizers, dict(loss=texts.loss))
     step, seconds = state.load()
     log = Log(work / "loss.csv", ("step", "loss"), step)
     tests = Log(work / "exact.csv", ("step", "exact_match"), step)
     interrupt, last_save = Interrupt(), time.time()
     bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
 
-    while step < cfg.steps and not interrupt.signal:
-        started = time.time()
-        prompt, labels = texts.batch(step, cfg.batch)
-        for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate(cfg, step)
-        model.train()
-        mask, real = prompt != Tokenizer.pad, labels != -100
-        memory = model.encode(model.embed(prompt), mask)
-        hidden_states = model.decoder(model.embed(model.shift_right(labels)), memory, mask)  # (B, T, D)
-        loss = F.cross_entropy(model.lm_head(hidden_states[real]), labels[real])  # the head sees real places only
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        seconds += time.time() - started
-        log.add(step, f"{loss.item():.6f}")
-        bar.update(1)
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        if step % cfg.eval_every == 0:
+    while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
+        for prompt, labels, pair in texts.pool(step // POOL, cfg.batch)[: cfg.steps - step]:
+            started = time.time()
+            for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * rate(cfg, step)
+            model.train()
+            mask, real = prompt != Tokenizer.pad, labels != -100
+            with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
+                memory = model.encode(model.embed(prompt), mask)
+                hidden_states = model.decoder(model.embed(model.shift_right(labels)), memory, mask)  # (B, T, D)
+                logits = model.lm_head(hidden_states[real]).float()  # (pieces, V): the head sees real places only
+            losses = F.cross_entropy(logits, labels[real], reduction="none")
+            loss = losses.mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses.detach()).sum(1) / real.sum(1))
+            step += 1
+            seconds += time.time() - started
+            log.add(step, f"{loss.item():.6f}")
+            bar.update(1)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, running {texts.loss.mean():.3f}", refresh=False)
+        if step // cfg.eval_every > (step - POOL) // cfg.eval_every:
             tests.add(step, f"{mean(exact_match(model, tokenizer, emoji, 20).values()):.4f}")
         if time.time() - last_save > cfg.save_every:
             state.save(step, seconds)
