@@ -6,16 +6,17 @@ import random
 import signal
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanomblip.emoji import ROOT as DATA
-from nanomblip.emoji import load_emoji
+from nanomblip.emoji import load_emoji, picture_split
 from nanomblip.mblip import PRESETS
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import digest, load_mt5
+from nanomblip.weights import digest, load_mblip, load_mt5
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("make_nano", ROOT / "weights" / "make_nano.py")
@@ -125,3 +126,53 @@ def test_answers_are_greedy(emoji):
     prompts = ["cat. Caption the image in Swahili.", "x in Thai:"]
     together = make_nano.translate(model, tokenizer, prompts)
     assert [make_nano.translate(model, tokenizer, [p])[0] for p in prompts] == together
+
+
+def test_redrawn_pictures_stay_pictures(emoji):
+    raw = torch.from_numpy(emoji.pictures[:32]).permute(0, 3, 1, 2).float() / 255
+    draw = lambda seed: make_nano.redraw(raw, torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert draw(0).shape == raw.shape and 0 <= draw(0).min() and draw(0).max() <= 1
+    white = make_nano.redraw(torch.ones(64, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert bool((white.std(dim=(2, 3)) < 1e-3).all()), "nothing drawn, nothing to see"
+    assert 0.5 < (white.mean(dim=(1, 2, 3)) > 0.999).float().mean() < 0.9  # about seven backgrounds in ten stay white
+
+
+def test_pictures_are_english_and_of_the_training_split(emoji, texts):
+    stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
+    names = set(emoji.names["en"].values())
+    prompts, batches = Counter(), list(islice(stream.pool(0, 16), 3))
+    for image, prompt, labels in batches:
+        assert image.shape == (16, 1, 3, 64, 64)
+        for p, t in zip(prompt.tolist(), labels.tolist()):
+            asked, target = (texts.tokenizer.decode([i for i in ids if i > 1]) for ids in (p, t))
+            assert "English" in asked
+            prompts[asked] += 1
+            assert target in names or asked == "List keywords for the image in English."
+    assert len(prompts) > 4
+    assert all(picture_split(*emoji.cells[p]) == "train" for p in stream.cells)
+    assert same(batches, list(islice(stream.pool(0, 16), 3)))
+
+
+def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp_path, capsys):
+    tiny = replace(
+        PRESETS["nano"],
+        vit=replace(PRESETS["nano"].vit, width=16, layers=1, heads=2, mlp=16),
+        qformer=replace(PRESETS["nano"].qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16),
+        mt5=replace(PRESETS["nano"].mt5, width=16, heads=2, head_width=8, mlp=16),
+    )
+    monkeypatch.setitem(PRESETS, "nano", tiny)
+    monkeypatch.setattr(make_nano, "POOL", 2)
+    flags = ["--batch", "4", "--warmup", "2", "--no_bf16", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert make_nano.main(["blip2", "--steps", "2", *flags]) == 0
+    assert make_nano.main(["blip2", "--steps", "4", *flags]) == 0
+    record = json.loads((tmp_path / "out" / "blip2" / "record.json").read_text())
+    assert record["steps_done"] == 4 and record["exact_match_by_language"].keys() == {"en"}
+    model = load_mblip(tmp_path / "out" / "blip2")
+    assert model.cfg.vit.width == 16 and model.cfg.mt5.layers == 2
+    more = ["--init", str(tmp_path / "out" / "blip2"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "more"), "--lr", "1e-9", "--muon_lr", "1e-9"]
+    assert make_nano.main(["blip2", "--steps", "1", *flags, *more]) == 0
+    again = load_mblip(tmp_path / "more" / "blip2")
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ValueError, match="mt0 or blip2"):
+        make_nano.main(["--steps", "2"])

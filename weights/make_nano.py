@@ -1,19 +1,22 @@
-"""Make nano's language model: `python weights/make_nano.py mt0`.
+"""Make what nano starts from: `python weights/make_nano.py mt0` and `python weights/make_nano.py blip2`.
 
-mBLIP starts from two models that took others months: BLIP-2, which can see and speaks English, and mT0, which knows many
-languages and has never seen a picture. This script makes the second of them in miniature, from the embedded data alone:
-an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which name the
-language of the answer. (The first is still to come.)
+mBLIP joins two models that took others months. This script makes both in miniature, from the embedded data alone:
 
-It can be stopped at any moment and goes on where it was (the same command again); a kill costs at most the time since
-the last save. What it has reached is written to weights/nano/mt0 in the official layout, as fp16, with its record.
+  mt0    an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which
+         name the language of the answer; it has never seen a picture
+  blip2  a ViT, a Q-Former and a projection in front of a small T5 that writes English only: it can see, and has never
+         read another language
+
+Either can be stopped at any moment and goes on where it was (the same command again); a kill costs at most the time since
+the last save. What it has reached is written to weights/nano/<stage> in the official layout, as fp16, with its record.
 """
 
 import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,23 +28,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanomblip.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
-from nanomblip.evaluate import mean, normal  # noqa: E402
+from nanomblip.evaluate import LanguageID, answer, mean, normal, questions, score  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.generate import Decoding, write_one_each  # noqa: E402
+from nanomblip.image import ImageConfig  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
-from nanomblip.mblip import PRESETS  # noqa: E402
-from nanomblip.mixture import CAPTION, NAMING  # noqa: E402
+from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
+from nanomblip.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
 from nanomblip.mt5 import MT5  # noqa: E402
 from nanomblip.runs import Interrupt, Log, RunLock, State, keep_memory, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
-from nanomblip.weights import save_mt5, write_json  # noqa: E402
+from nanomblip.weights import load_mblip, load_mt5, save_mblip, save_mt5, write_json  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Config:
-    stage: str = flag("mt0", "which model to make", ("mt0",))
-    steps: int = flag(9000, "optimizer steps")
-    batch: int = flag(256, "examples in a step")
+    steps: int = flag(0, "optimizer steps; 0 = 9000 for mt0, 6000 for blip2")
+    batch: int = flag(0, "examples in a step; 0 = 256 for mt0, 64 for blip2")
     lr: float = flag(2e-3, "AdamW's peak learning rate: embedding, head, norms, position tables")
     muon_lr: float = flag(0.02, "Muon's peak learning rate: the matrices inside the blocks")
     warmup: int = flag(100, "steps of linear warm-up")
@@ -51,6 +54,7 @@ class Config:
     bf16: bool = flag(True, "matrix products in bf16 (autocast); --no_bf16 where the processor has no instructions for it")
     save_every: float = flag(120.0, "seconds between saves")
     eval_every: int = flag(1000, "steps between looks at the exact match")
+    init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
     work: str = flag("out/make_nano", "folder for the state between calls")
     out: str = flag("weights/nano", "folder for the result")
 
@@ -174,15 +178,150 @@ def exact_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> d
     return {lang: mean(values) for lang, values in right.items()}
 
 
+class Pictures:
+    """The endless stream of (picture, English prompt, English target): the training pictures of the eight artists.
+
+    Four targets in five are the name, the others a few keywords. The pictures are redrawn at each look (`redraw`), so that
+    what is learned is the thing and not an artist's hand.
+    """
+
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, image: ImageConfig, seed: int):
+        self.emoji, self.tokenizer, self.image, self.seed = emoji, tokenizer, image, seed
+        self.cells = emoji.cells_in("train")
+
+    def pool(self, number: int, batch: int):
+        """POOL batches of (image float (B, 1, 3, size, size), prompt long (B, S), labels long (B, T)), short ones together."""
+        rng = random.Random(f"{self.seed}/pictures/{number}")
+        rows = []
+        for picture in rng.choices(self.cells, k=POOL * batch):
+            concept = self.emoji.cells[picture][0]
+            words = self.emoji.keywords["en"].get(concept)
+            if words and rng.random() < 0.2:
+                prompt, target = KEYWORDS[0].format(L="English"), ", ".join(rng.sample(words, min(len(words), 4)))
+            else:
+                prompt, target = rng.choice(CAPTION).format(L="English"), self.emoji.names["en"][concept]
+            rows.append((picture, self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48)))
+        rows.sort(key=lambda row: len(row[2]))
+        parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        rng.shuffle(parts)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        for part in parts:  # one at a time: a pool of pictures would be 200 MB
+            raw = torch.from_numpy(self.emoji.pictures[[picture for picture, _, _ in part]])
+            image = redraw(raw.permute(0, 3, 1, 2).float() / 255, generator)
+            image = (image - torch.tensor(self.image.mean)[:, None, None]) / torch.tensor(self.image.std)[:, None, None]
+            yield image[:, None], pad_rows([p for _, p, _ in part], Tokenizer.pad), pad_rows([t for _, _, t in part], -100)
+
+
+def redraw(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each drawing as another hand might have made it: x float (B, 3, H, W) in 0..1 on white -> the same shape and range.
+
+    Always: turned up to 15 degrees, scaled by 0.8 to 1.15, shifted by up to a tenth, mirrored half of the time. Each with its own
+    probability: colours tinted and mixed (0.6), another background colour (0.3; multiplied in, as through tinted glass), blurred (0.15), only
+    its edges left, dark on white (0.1).
+    """
+    B = len(x)
+    u = lambda low, high, *shape: torch.empty(B, *shape).uniform_(low, high, generator=generator)
+    some = lambda p: (u(0, 1) < p).float()[:, None, None, None]
+    angle, scale, mirror = u(-15, 15) * torch.pi / 180, 1 / u(0.8, 1.15), torch.where(u(0, 1) < 0.5, -1.0, 1.0)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    theta = torch.stack([cos * mirror, -sin, u(-0.2, 0.2), sin * mirror, cos, u(-0.2, 0.2)], dim=1).view(B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = 1 - F.grid_sample(1 - x, grid, align_corners=False)  # inverted, so that what comes in from outside is white
+
+    ink = 1 - x  # white stays white
+    mix = torch.eye(3) + u(-0.25, 0.25, 3, 3)  # (B, 3, 3)
+    tinted = torch.einsum("bij,bjhw->bihw", mix, ink) * u(0.7, 1.3)[:, None, None, None]
+    x = 1 - torch.lerp(ink, tinted, some(0.6)).clamp(0, 1)
+    soft = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    gray = soft.mean(1, keepdim=True)
+    dx, dy = gray[..., :, 1:] - gray[..., :, :-1], gray[..., 1:, :] - gray[..., :-1, :]
+    edges = 1 - 4 * (F.pad(dx.abs(), (0, 1)) + F.pad(dy.abs(), (0, 0, 0, 1)))
+    x = torch.lerp(x, soft, some(0.15))
+    x = torch.lerp(x, edges.clamp(0, 1).expand_as(x), some(0.1))
+    return torch.lerp(x, x * u(0.5, 1.0, 3)[:, :, None, None], some(0.3))
+
+
+class MakeMT0:
+    """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
+
+    steps, batch, unit = 9000, 256, "of English names translated exactly, mean of all languages"
+    load = staticmethod(load_mt5)
+
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
+        self.emoji, self.tokenizer = emoji, tokenizer
+        self.model = MT5(PRESETS["nano"].mt5)
+        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, seed)
+        self.pool, self.extra = self.texts.pool, dict(loss=self.texts.loss)
+
+    def loss(self, prompt, labels, pair):
+        losses = caption_losses(self.model, self.model.embed(prompt), prompt != Tokenizer.pad, labels)
+        real = labels != -100
+        self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses.detach()).sum(1) / real.sum(1))
+        return losses.mean()
+
+    def test(self, quick: bool) -> dict[str, float]:
+        return exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
+
+    def save(self, out: Path):
+        save_mt5(self.model, out, torch.float16)
+
+
+class MakeBLIP2:
+    """As MakeMT0; the T5 behind the pictures is smaller and writes English only, the stand-in for flan-t5."""
+
+    steps, batch, unit = 6000, 64, "of the validation pictures named exactly in English"
+    load = staticmethod(load_mblip)
+    extra = {}
+
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
+        self.emoji, self.tokenizer = emoji, tokenizer
+        nano = PRESETS["nano"]
+        self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, layers=2, decoder_layers=2)))
+        self.image = ImageConfig(size=nano.vit.image_size)
+        self.pool = Pictures(emoji, tokenizer, self.image, seed).pool
+
+    def loss(self, image, prompt, labels):
+        visual = self.model.encode_image(image)  # (B, Q, D)
+        mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
+        return caption_losses(self.model.mt5, torch.cat([visual, self.model.mt5.embed(prompt)], dim=1), mask, labels).mean()
+
+    def test(self, quick: bool) -> dict[str, float]:
+        """On the validation pictures only: the test pictures are for the trained whole."""
+        items = questions(self.emoji, "validation", ["en"], 0)
+        answers = answer(self.model, self.tokenizer, self.image, self.emoji, items)
+        return {lang: r["exact"] for lang, r in score(self.emoji, items, answers, LanguageID({"en": self.emoji.names["en"]})).items()}
+
+    def save(self, out: Path):
+        save_mblip(self.model, out, image_token=len(self.tokenizer), languages=["en"], dtype=torch.float16)
+        write_json(out / "preprocessor_config.json", self.image.to_hf())
+
+
+def caption_losses(mt5: MT5, embedded, mask, labels) -> torch.Tensor:
+    """Cross-entropy of each real label in nats: embedded float (B, L, D), mask bool (B, L), labels long (B, T) -> (pieces,)."""
+    real = labels != -100
+    hidden = mt5.decoder(mt5.embed(mt5.shift_right(labels)), mt5.encode(embedded, mask), mask)  # (B, T, D)
+    logits = mt5.lm_head(hidden[real]).float()  # (pieces, V): the head sees real places only
+    return F.cross_entropy(logits, labels[real], reduction="none")
+
+
+STAGES = {"mt0": MakeMT0, "blip2": MakeBLIP2}
+
+
 def main(argv: list[str]) -> int:
     keep_memory()
-    cfg = parse_flags(Config, argv[1:] if argv[:1] == ["mt0"] else argv, "Make nano's language model.")
-    work, out = Path(cfg.work) / cfg.stage, Path(cfg.out) / cfg.stage
+    cfg = parse_flags(Config, argv[1:] if argv[:1] and argv[0] in STAGES else argv, "Make what nano starts from: mt0 or blip2.")
+    if not argv or argv[0] not in STAGES:
+        raise ValueError(f"give the model to make first: {' or '.join(STAGES)}")
+    name = argv[0]
+    work, out = Path(cfg.work) / name, Path(cfg.out) / name
     emoji, tokenizer = load_emoji(cfg.concepts), Tokenizer(ROOT / "data" / "spiece.model")
     torch.manual_seed(cfg.seed)
-    model = MT5(PRESETS["nano"].mt5)
+    stage = STAGES[name](emoji, tokenizer, cfg.seed)
+    cfg = replace(cfg, steps=cfg.steps or stage.steps, batch=cfg.batch or stage.batch)
+    model = stage.model
     model.init_weights()
-    texts = Texts(emoji, tokenizer, model.cfg.vocab, cfg.seed)
+    if cfg.init:  # the optimizers' memory and the running losses are not in it: both come back within a few hundred steps
+        model.load_state_dict(stage.load(Path(cfg.init)).state_dict())
 
     hidden = [m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in path]
     is_hidden = {id(p) for p in hidden}
@@ -192,7 +331,7 @@ def main(argv: list[str]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     lock = RunLock(work)  # noqa: F841, held until main returns
     remove_leftovers(work)
-    state = State(work, model, optimizers, dict(loss=texts.loss))
+    state = State(work, model, optimizers, stage.extra)
     step, seconds = state.load()
     log = Log(work / "loss.csv", ("step", "loss"), step)
     tests = Log(work / "exact.csv", ("step", "exact_match"), step)
@@ -200,32 +339,26 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
 
     while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
-        for prompt, labels, pair in texts.pool(step // POOL, cfg.batch)[: cfg.steps - step]:
+        for tensors in islice(stage.pool(step // POOL, cfg.batch), cfg.steps - step):
             started = time.time()
             for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * rate(cfg, step)
             model.train()
-            mask, real = prompt != Tokenizer.pad, labels != -100
             with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
-                memory = model.encode(model.embed(prompt), mask)
-                hidden_states = model.decoder(model.embed(model.shift_right(labels)), memory, mask)  # (B, T, D)
-                logits = model.lm_head(hidden_states[real]).float()  # (pieces, V): the head sees real places only
-            losses = F.cross_entropy(logits, labels[real], reduction="none")
-            loss = losses.mean()
+                loss = stage.loss(*tensors)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses.detach()).sum(1) / real.sum(1))
             step += 1
             seconds += time.time() - started
             log.add(step, f"{loss.item():.6f}")
             bar.update(1)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, running {texts.loss.mean():.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         if step // cfg.eval_every > (step - POOL) // cfg.eval_every:
-            tests.add(step, f"{mean(exact_match(model, tokenizer, emoji, 20).values()):.4f}")
+            tests.add(step, f"{mean(stage.test(quick=True).values()):.4f}")
         if time.time() - last_save > cfg.save_every:
             state.save(step, seconds)
             last_save = time.time()
@@ -233,13 +366,13 @@ def main(argv: list[str]) -> int:
     state.save(step, seconds)
     interrupt.release()
 
-    exact = exact_match(model, tokenizer, emoji, 100)
-    save_mt5(model, out, torch.float16)
+    exact = stage.test(quick=False)
+    stage.save(out)
     shutil.copyfile(tokenizer.path, out / "spiece.model")
     record = dict(config=asdict(cfg), steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__,
                   exact_match=mean(exact.values()), exact_match_by_language=exact)  # fmt: skip
     write_json(out / "record.json", record)
-    print(f"{step} steps: {100 * record['exact_match']:.1f} % of English names translated exactly, mean of {len(exact)} languages; {out}")
+    print(f"{step} steps: {100 * record['exact_match']:.1f} % {stage.unit}; {out}")
     return 128 + interrupt.signal if interrupt.signal else 0
 
 
