@@ -14,7 +14,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -33,9 +33,10 @@ from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import Batches, Mixture, parse_tasks
-from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, pick_device, remove_leftovers
+from nanomblip.mt5 import MT5
+from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import digest, load_mblip, read_json, save_mblip, write_json
+from nanomblip.weights import digest, load_mblip, load_mt5, read_json, save_mblip, write_json
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -49,7 +50,12 @@ class Config:
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
     tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
-    init: str = flag("random", "starting weights: random (of size nano), or a folder in the official layout")
+    init: str = flag("random", "starting weights: random (of size nano), blip2 (ViT, Q-Former and queries of --blip2, the language "
+                               "model of --llm, a fresh projection: mBLIP's start), or a folder in the official layout")
+    blip2: str = flag("weights/nano/blip2", "with --init blip2: the folder that can see, made by weights/make_nano.py blip2")
+    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model's folder, made by weights/make_nano.py mt0; "
+                                        "random = fresh weights of the same size, for comparison")
+    align: int = flag(0, "first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
@@ -79,7 +85,7 @@ class Config:
     resume: str = flag("", "folder of a run to go on with; takes its config from there")
 
     def __post_init__(self):
-        for name, low in dict(steps=1, batch=1, accumulate=1, warmup=0, weight_decay=0, views=0, seed=0, workers=0,
+        for name, low in dict(steps=1, align=0, batch=1, accumulate=1, warmup=0, weight_decay=0, views=0, seed=0, workers=0,
                               eval_pictures=1, eval_every=0, save_every=0).items():  # fmt: skip
             value = getattr(self, name)
             if not low <= value < 2**63:  # written so that nan fails too
@@ -129,6 +135,26 @@ TRAINED = {
     "all": ("Q-Former", "queries", "projection"),
     "everything": ("ViT", "Q-Former", "queries", "projection", "language model"),
 }
+
+
+def build_mblip(blip2: Path, llm: str) -> MBLIP:
+    """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
+
+    llm: a folder in the official layout, or "random": fresh weights of nano's size. ValueError where the two do not use the same
+    pieces: then a prompt would mean something else to each.
+    """
+    model = load_mblip(blip2)
+    if llm == "random":
+        model.mt5 = MT5(PRESETS["nano"].mt5)
+        model.mt5.init_weights()
+    else:
+        model.mt5 = load_mt5(llm)
+        if (Path(llm) / "spiece.model").read_bytes() != (blip2 / "spiece.model").read_bytes():
+            raise ValueError(f"--llm {llm}: its spiece.model is not the one of --blip2 {blip2}")
+    model.cfg = replace(model.cfg, mt5=model.mt5.cfg)
+    model.proj = nn.Linear(model.cfg.qformer.width, model.cfg.mt5.width)
+    model.init_projection()
+    return model
 
 
 def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
@@ -226,6 +252,7 @@ def main(argv: list[str]) -> int:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and is not a run; give another --run")
     device = pick_device(cfg.device)
+    keep_memory()
 
     # Data: pictures, names, languages, tasks.
     emoji = load_emoji(cfg.concepts)
@@ -244,6 +271,9 @@ def main(argv: list[str]) -> int:
         source = DATA
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
+    elif cfg.init == "blip2":
+        source = Path(cfg.blip2)
+        model = build_mblip(source, cfg.llm)
     else:
         source = Path(cfg.init)
         model = load_mblip(source)
@@ -293,8 +323,14 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
+    aligning = step < cfg.align
+    if aligning:  # what has no gradient is passed over by the optimizers, and costs no backward pass
+        mark_trainable(model, ("projection",))
     while step < cfg.steps:
         started = time.time()
+        if aligning and step >= cfg.align:
+            mark_trainable(model, TRAINED[train])
+            aligning = False
         total_loss = 0.0
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * schedule(cfg, step)
@@ -310,7 +346,7 @@ def main(argv: list[str]) -> int:
             _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
             (loss / cfg.accumulate).backward()
             total_loss += loss.item() / cfg.accumulate
-        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip)
+        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             raise ValueError(f"loss {total_loss}, gradient norm {norm:g} at step {step}: stopped before the update; lower "
                              f"--lr and --resume {folder}, or look at the pictures {batch['picture'].tolist()[:8]} ...")  # fmt: skip

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 
 import train
 from nanomblip.mblip import MBLIP, PRESETS
+from nanomblip.mt5 import MT5
 from nanomblip.runs import RunLock, State
-from nanomblip.weights import load_mblip
+from nanomblip.weights import load_mblip, save_mblip, save_mt5
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = PRESETS["nano"]
@@ -120,6 +122,51 @@ def test_going_on_from_a_folder_trains_what_the_paper_trains():
     a, b = load_mblip("out/base"), load_mblip("out/next")
     assert torch.equal(a.vit.pos_embed, b.vit.pos_embed) and torch.equal(a.mt5.embed.weight, b.mt5.embed.weight)
     assert not torch.equal(a.queries, b.queries)
+
+
+@pytest.fixture
+def bases():
+    """A model that sees and a language model of another depth, as make_nano.py writes them."""
+    torch.manual_seed(5)
+    sees, reads = MBLIP(SMALL), MT5(replace(SMALL.mt5, decoder_layers=2))
+    sees.init_weights()
+    reads.init_weights()
+    save_mblip(sees, Path("sees"), image_token=8000)
+    save_mt5(reads, Path("reads"))
+    for folder in ("sees", "reads"):
+        shutil.copyfile(train.DATA / "spiece.model", f"{folder}/spiece.model")
+    return sees, reads, [*FLAGS, "--init", "blip2", "--blip2", "sees", "--llm", "reads", "--views", "1"]
+
+
+def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeypatch):
+    sees, reads, flags = bases
+    assert train.main([*flags, "--align", "9", "--run", "aligned"]) == 0
+    assert train.main([*flags, "--align", "4", "--run", "whole"]) == 0
+    aligned, whole = load_mblip("out/aligned"), load_mblip("out/whole")
+    for model in (aligned, whole):
+        assert train.digest(dict(model.mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
+        assert train.digest(dict(model.vit.named_parameters())) == train.digest(dict(sees.vit.named_parameters()))
+        assert not torch.equal(model.proj.weight, sees.proj.weight)
+    assert torch.equal(aligned.queries, sees.queries), "only the projection was trained"
+    assert not torch.equal(whole.queries, sees.queries)
+    for stop in (2, 6):  # before and after the Q-Former joins
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            assert train.main([*flags, "--align", "4", "--run", f"cut{stop}"]) == 128 + signal.SIGINT
+        assert train.main(["--resume", f"out/cut{stop}"]) == 0
+        assert everything(f"cut{stop}") == everything("whole")
+
+
+def test_a_language_model_with_other_pieces_is_refused(bases):
+    sees, reads, flags = bases
+    Path("reads/spiece.model").write_bytes(b"other pieces")
+    with pytest.raises(ValueError, match="spiece.model is not the one"):
+        train.main([*flags, "--run", "r"])
+    Path("reads/spiece.model").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="spiece.model"):
+        train.main([*flags, "--run", "r2"])
+    assert train.main([*flags[:-3], "random", "--run", "r3"]) == 0
+    assert load_mblip("out/r3").mt5.cfg == SMALL.mt5
 
 
 def test_weight_decay_goes_by_module_type():
