@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from nanomblip.weights import WeightsError, digest, open_safetensors, save_tensors
+from nanomblip.weights import WeightsError, digest, open_safetensors, save_tensors, write_atomic
 
 
 class State:
@@ -102,9 +102,14 @@ class Log:
         if path.exists():
             with open(path, newline="") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self.file = open(path, "w", newline="")
+
+        def write(temporary):
+            with open(temporary, "w", newline="") as file:
+                csv.writer(file).writerows([columns, *rows])
+
+        write_atomic(path, write)  # so that a kill in this moment does not cost the rows there were
+        self.file = open(path, "a", newline="")
         self.writer = csv.writer(self.file)
-        self.writer.writerows([columns, *rows])
         self.rows = rows
 
     def add(self, *row):

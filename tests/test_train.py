@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mt5 import MT5
-from nanomblip.runs import RunLock, State
+from nanomblip.runs import Log, RunLock, State
 from nanomblip.weights import load_mblip, save_mblip, save_mt5
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +167,15 @@ def test_a_language_model_with_other_pieces_is_refused(bases):
         train.main([*flags, "--run", "r2"])
     assert train.main([*flags[:-3], "random", "--run", "r3"]) == 0
     assert load_mblip("out/r3").mt5.cfg == SMALL.mt5
+
+
+def test_a_log_is_whole_on_disk_as_soon_as_it_is_open():
+    path = Path("log.csv")
+    path.write_text("step,loss\n1,0.5\n2,0.25\n3,0.1")
+    log = Log(path, ("step", "loss"), 2)  # nothing is closed or flushed: a process killed here must leave this behind
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25"]
+    log.add(3, 0.2)
+    assert path.read_text().split()[-1] == "3,0.2" and log.recent_mean(1, 2) == pytest.approx(0.225)
 
 
 def test_weight_decay_goes_by_module_type():
