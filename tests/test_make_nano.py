@@ -140,15 +140,14 @@ def test_redrawn_pictures_stay_pictures(emoji):
 
 def test_pictures_are_english_and_of_the_training_split(emoji, texts):
     stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
-    names = set(emoji.names["en"].values())
     prompts, batches = Counter(), list(islice(stream.pool(0, 16), 3))
-    for image, prompt, labels in batches:
+    for image, prompt, labels, concept in batches:
         assert image.shape == (16, 1, 3, 64, 64)
-        for p, t in zip(prompt.tolist(), labels.tolist()):
+        for p, t, c in zip(prompt.tolist(), labels.tolist(), concept.tolist()):
             asked, target = (texts.tokenizer.decode([i for i in ids if i > 1]) for ids in (p, t))
             assert "English" in asked
             prompts[asked] += 1
-            assert target in names or asked == "List keywords for the image in English."
+            assert target == emoji.names["en"][emoji.concepts[c]] or asked == "List keywords for the image in English."
     assert len(prompts) > 4
     assert all(picture_split(*emoji.cells[p]) == "train" for p in stream.cells)
     assert same(batches, list(islice(stream.pool(0, 16), 3)))

@@ -64,6 +64,7 @@ class Config:
 TRANSLATE = {"{x}. {caption}": 6, "{x} in {L}:": 3, "Translate to {L}: {x}": 1, "What is the {L} word for {x}?": 1, "{x}. {naming}": 1}
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
+TEMPERATURE = 0.05  # of the contrast between pictures and names
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
@@ -190,7 +191,10 @@ class Pictures:
         self.cells = emoji.cells_in("train")
 
     def pool(self, number: int, batch: int):
-        """POOL batches of (image float (B, 1, 3, size, size), prompt long (B, S), labels long (B, T)), short ones together."""
+        """POOL batches of (image float (B, 1, 3, size, size), prompt long (B, S), labels long (B, T), concept long (B,)).
+
+        Targets of about the same length come together; concept indexes `emoji.concepts`.
+        """
         rng = random.Random(f"{self.seed}/pictures/{number}")
         rows = []
         for picture in rng.choices(self.cells, k=POOL * batch):
@@ -209,7 +213,8 @@ class Pictures:
             raw = torch.from_numpy(self.emoji.pictures[[picture for picture, _, _ in part]])
             image = redraw(raw.permute(0, 3, 1, 2).float() / 255, generator)
             image = (image - torch.tensor(self.image.mean)[:, None, None]) / torch.tensor(self.image.std)[:, None, None]
-            yield image[:, None], pad_rows([p for _, p, _ in part], Tokenizer.pad), pad_rows([t for _, _, t in part], -100)
+            concept = torch.tensor([self.emoji.concepts.index(self.emoji.cells[picture][0]) for picture, _, _ in part])
+            yield image[:, None], pad_rows([p for _, p, _ in part], Tokenizer.pad), pad_rows([t for _, _, t in part], -100), concept
 
 
 def redraw(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -267,7 +272,12 @@ class MakeMT0:
 
 
 class MakeBLIP2:
-    """As MakeMT0; the T5 behind the pictures is smaller and writes English only, the stand-in for flan-t5."""
+    """As MakeMT0; the T5 behind the pictures is smaller and writes English only, the stand-in for flan-t5.
+
+    To the captioning loss comes BLIP-2's image-text contrast (Li et al. 2023, section 3.1), without which a ViT from random
+    weights finds no reason to look for a long time: the mean of a picture's vectors is to lie closer to the embedded pieces of its
+    own name than to those of the others. Here the others are all names, not only the batch's.
+    """
 
     steps, batch, unit = 6000, 64, "of the validation pictures named exactly in English"
     load = staticmethod(load_mblip)
@@ -278,12 +288,17 @@ class MakeBLIP2:
         nano = PRESETS["nano"]
         self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, layers=2, decoder_layers=2)))
         self.image = ImageConfig(size=nano.vit.image_size)
+        self.names = tokenizer.batch([emoji.names["en"][concept] for concept in emoji.concepts])  # (C, T)
         self.pool = Pictures(emoji, tokenizer, self.image, seed).pool
 
-    def loss(self, image, prompt, labels):
+    def loss(self, image, prompt, labels, concept):
         visual = self.model.encode_image(image)  # (B, Q, D)
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
-        return caption_losses(self.model.mt5, torch.cat([visual, self.model.mt5.embed(prompt)], dim=1), mask, labels).mean()
+        text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
+        real = (self.names > Tokenizer.eos)[..., None].float()  # (C, T, 1)
+        names = (self.model.mt5.embed(self.names) * real).sum(1) / real.sum(1)  # (C, D)
+        near = F.normalize(visual.float().mean(1), dim=-1) @ F.normalize(names, dim=-1).T  # (B, C), cosines
+        return caption_losses(self.model.mt5, text, mask, labels).mean() + F.cross_entropy(near.float() / TEMPERATURE, concept)
 
     def test(self, quick: bool) -> dict[str, float]:
         """On the validation pictures only: the test pictures are for the trained whole."""
