@@ -155,7 +155,7 @@ def keep_memory() -> None:
     """Let glibc keep the memory that tensors give back, instead of returning it to the system and asking again.
 
     By default every block of 32 MB and more (logits, their gradients) comes from the system at each step, page by page:
-    a third of a training step of nano went there. With another C library nothing is changed.
+    a quarter to a third of a training step of nano went there. With another C library nothing is changed.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
