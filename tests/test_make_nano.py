@@ -141,8 +141,9 @@ def test_redrawn_pictures_stay_pictures(emoji):
 def test_pictures_are_english_and_of_the_training_split(emoji, texts):
     stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
     prompts, batches = Counter(), list(islice(stream.pool(0, 16), 3))
-    for image, prompt, labels, concept in batches:
-        assert image.shape == (16, 1, 3, 64, 64)
+    for image, prompt, labels, target in batches:
+        assert image.shape == (16, 1, 3, 64, 64) and bool((target.sum(1) == 1).all())
+        concept = target.argmax(1)
         for p, t, c in zip(prompt.tolist(), labels.tolist(), concept.tolist()):
             asked, target = (texts.tokenizer.decode([i for i in ids if i > 1]) for ids in (p, t))
             assert "English" in asked
@@ -153,22 +154,44 @@ def test_pictures_are_english_and_of_the_training_split(emoji, texts):
     assert same(batches, list(islice(stream.pool(0, 16), 3)))
 
 
+def test_blended_pictures_have_the_shares_of_their_parts(emoji, texts):
+    stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
+    plain, blended = (next(iter(stream.pool(0, 64, strength=0.0, blend=blend))) for blend in (False, True))
+    share = (plain[3] * blended[3]).sum(1)  # of the first picture
+    alone = share == 1
+    assert 0.2 < alone.float().mean() < 0.8 and share.min() < 0.4
+    by_hand = torch.lerp(plain[0], plain[0].roll(1, 0), 1 - share[:, None, None, None, None])
+    other = plain[3].argmax(1) != plain[3].roll(1, 0).argmax(1)
+    assert torch.allclose(by_hand[other], blended[0][other], atol=1e-5)
+    assert torch.allclose(blended[3].sum(1), torch.ones(64))
+
+
+def test_rates_rise_and_fall_in_each_phase():
+    cfg = make_nano.Config(steps=100, warmup=10, decay=0.5)
+    rates = [make_nano.rate(cfg, step, [0, 60]) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:30] == [1.0] * 21 and rates[59] == pytest.approx(1 / 30)
+    assert rates[60] == 0.1 and rates[70] == 1.0 and rates[99] == pytest.approx(1 / 20)
+    assert [make_nano.rate(cfg, step, [0]) for step in (9, 50, 75)] == [1.0, 1.0, 0.5]
+
+
 def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp_path, capsys):
     tiny = replace(
         PRESETS["nano"],
         vit=replace(PRESETS["nano"].vit, width=16, layers=1, heads=2, mlp=16),
         qformer=replace(PRESETS["nano"].qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16),
-        mt5=replace(PRESETS["nano"].mt5, width=16, heads=2, head_width=8, mlp=16),
+        mt5=replace(PRESETS["nano"].mt5, width=24, heads=3, head_width=8, mlp=16),
     )
     monkeypatch.setitem(PRESETS, "nano", tiny)
     monkeypatch.setattr(make_nano, "POOL", 2)
     flags = ["--batch", "4", "--warmup", "2", "--no_bf16", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert make_nano.main(["blip2", "--steps", "2", *flags]) == 0
     assert make_nano.main(["blip2", "--steps", "4", *flags]) == 0
+    vit = digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters()))
+    assert make_nano.main(["blip2", "--steps", "8", *flags]) == 0  # its second phase begins with step 6
+    assert digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters())) != vit
     record = json.loads((tmp_path / "out" / "blip2" / "record.json").read_text())
-    assert record["steps_done"] == 4 and record["exact_match_by_language"].keys() == {"en"}
+    assert record["steps_done"] == 8 and record["exact_match_by_language"].keys() == {"en"}
     model = load_mblip(tmp_path / "out" / "blip2")
-    assert model.cfg.vit.width == 16 and model.cfg.mt5.layers == 2
+    assert model.cfg.vit.width == 16 and model.cfg.mt5.layers == 1
     more = ["--init", str(tmp_path / "out" / "blip2"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "more"), "--lr", "1e-9", "--muon_lr", "1e-9"]
     assert make_nano.main(["blip2", "--steps", "1", *flags, *more]) == 0
     again = load_mblip(tmp_path / "more" / "blip2")

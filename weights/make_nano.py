@@ -44,12 +44,12 @@ from nanomblip.weights import load_mblip, load_mt5, save_mblip, save_mt5, write_
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = flag(0, "optimizer steps; 0 = 9000 for mt0, 6000 for blip2")
+    steps: int = flag(0, "optimizer steps; 0 = 9000 for mt0, 8000 for blip2")
     batch: int = flag(0, "examples in a step; 0 = 256 for mt0, 64 for blip2")
     lr: float = flag(2e-3, "AdamW's peak learning rate: embedding, head, norms, position tables")
     muon_lr: float = flag(0.02, "Muon's peak learning rate: the matrices inside the blocks")
     warmup: int = flag(100, "steps of linear warm-up")
-    decay: float = flag(0.3, "share of the steps, at the end, in which the rates fall to 0 in a straight line")
+    decay: float = flag(0.3, "share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
     seed: int = flag(0, "of everything random")
     bf16: bool = flag(True, "matrix products in bf16 (autocast); --no_bf16 where the processor has no instructions for it")
@@ -65,7 +65,7 @@ class Config:
 TRANSLATE = {"{x} in {L}:": 8, "{x}. {caption}": 2, "Translate to {L}: {x}": 1, "What is the {L} word for {x}?": 1, "{x}. {naming}": 1}
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
-TEMPERATURE = 0.05  # of the contrast between pictures and names
+CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
@@ -146,9 +146,14 @@ class Texts:
         self.loss[pair[known]] = 0.5 * self.loss[pair[known]] + 0.5 * loss[known]
 
 
-def rate(cfg: Config, step: int) -> float:
-    """Share of the peak rate: warm-up, a plateau, a straight line to 0. A plateau can be made longer afterwards."""
-    return min(1.0, (step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.decay * cfg.steps))
+def rate(cfg: Config, step: int, starts: list[int]) -> float:
+    """Share of the peak rate: in each phase a warm-up, a plateau, a straight line to 0. A plateau can be made longer afterwards.
+
+    starts: first step of each phase, ascending, from 0.
+    """
+    start = max(s for s in starts if s <= step)
+    end = min((s for s in starts if s > step), default=cfg.steps)
+    return min(1.0, (step - start + 1) / cfg.warmup, (end - step) / (cfg.decay * (end - start)))
 
 
 @torch.no_grad()
@@ -190,11 +195,15 @@ class Pictures:
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, image: ImageConfig, seed: int):
         self.emoji, self.tokenizer, self.image, self.seed = emoji, tokenizer, image, seed
         self.cells = emoji.cells_in("train")
+        index = {concept: i for i, concept in enumerate(emoji.concepts)}
+        self.concept = torch.tensor([index[concept] for concept, _ in emoji.cells])  # (P,)
 
-    def pool(self, number: int, batch: int):
-        """POOL batches of (image float (B, 1, 3, size, size), prompt long (B, S), labels long (B, T), concept long (B,)).
+    def pool(self, number: int, batch: int, strength: float = 1.0, blend: bool = False):
+        """POOL batches of (image float (B, 1, 3, size, size), prompt long (B, S), labels long (B, T), target float (B, C)).
 
-        Targets of about the same length come together; concept indexes `emoji.concepts`.
+        Targets of about the same length come together. target: shares of the concepts, in the order of `emoji.concepts`, that are in the
+        picture. strength: of the redrawing, 0..1. blend: half of the pictures have another one of the batch mixed in, by any share
+        (mixup, Zhang et al. 2018); prompt and labels are the first one's.
         """
         rng = random.Random(f"{self.seed}/pictures/{number}")
         rows = []
@@ -211,61 +220,74 @@ class Pictures:
         rng.shuffle(parts)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         for part in parts:  # one at a time: a pool of pictures would be 200 MB
-            raw = torch.from_numpy(self.emoji.pictures[[picture for picture, _, _ in part]])
-            image = redraw(raw.permute(0, 3, 1, 2).float() / 255, generator)
-            image = (image - torch.tensor(self.image.mean)[:, None, None]) / torch.tensor(self.image.std)[:, None, None]
-            concept = torch.tensor([self.emoji.concepts.index(self.emoji.cells[picture][0]) for picture, _, _ in part])
-            yield image[:, None], pad_rows([p for _, p, _ in part], Tokenizer.pad), pad_rows([t for _, _, t in part], -100), concept
+            pictures = [picture for picture, _, _ in part]
+            raw = torch.from_numpy(self.emoji.pictures[pictures]).permute(0, 3, 1, 2).float() / 255
+            image = self.normalise(redraw(raw, generator, strength))  # (B, 3, size, size)
+            target = F.one_hot(self.concept[pictures], len(self.emoji.concepts)).float()  # (B, C)
+            if blend:
+                share = torch.rand(len(part), generator=generator) * (torch.rand(len(part), generator=generator) < 0.5)
+                image = torch.lerp(image, image.roll(1, 0), share[:, None, None, None])
+                target = torch.lerp(target, target.roll(1, 0), share[:, None])
+            yield image[:, None], pad_rows([p for _, p, _ in part], Tokenizer.pad), pad_rows([t for _, _, t in part], -100), target
+
+    def normalise(self, image: torch.Tensor) -> torch.Tensor:
+        """Float (B, 3, H, W) in 0..1 -> what the ViT reads."""
+        return (image - torch.tensor(self.image.mean)[:, None, None]) / torch.tensor(self.image.std)[:, None, None]
 
 
-def redraw(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def redraw(x: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
     """Each drawing as another hand might have made it: x float (B, 3, H, W) in 0..1 on white -> the same shape and range.
 
     Always: turned up to 15 degrees, scaled by 0.8 to 1.15, shifted by up to a tenth, mirrored half of the time. Each with its own
     probability: colours tinted and mixed (0.6), another background colour (0.3; multiplied in, as through tinted glass), blurred (0.15), only
-    its edges left, dark on white (0.1).
+    its edges left, dark on white (0.1). strength 0..1 scales all of these ranges and probabilities but the mirror's.
     """
-    B = len(x)
+    B, a = len(x), strength
     u = lambda low, high, *shape: torch.empty(B, *shape).uniform_(low, high, generator=generator)
     some = lambda p: (u(0, 1) < p).float()[:, None, None, None]
-    angle, scale, mirror = u(-15, 15) * torch.pi / 180, 1 / u(0.8, 1.15), torch.where(u(0, 1) < 0.5, -1.0, 1.0)
+    angle, scale, mirror = a * u(-15, 15) * torch.pi / 180, 1 / (1 + a * u(-0.2, 0.15)), torch.where(u(0, 1) < 0.5, -1.0, 1.0)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    theta = torch.stack([cos * mirror, -sin, u(-0.2, 0.2), sin * mirror, cos, u(-0.2, 0.2)], dim=1).view(B, 2, 3)
+    theta = torch.stack([cos * mirror, -sin, a * u(-0.2, 0.2), sin * mirror, cos, a * u(-0.2, 0.2)], dim=1).view(B, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = 1 - F.grid_sample(1 - x, grid, align_corners=False)  # inverted, so that what comes in from outside is white
 
     ink = 1 - x  # white stays white
-    mix = torch.eye(3) + u(-0.25, 0.25, 3, 3)  # (B, 3, 3)
-    tinted = torch.einsum("bij,bjhw->bihw", mix, ink) * u(0.7, 1.3)[:, None, None, None]
-    x = 1 - torch.lerp(ink, tinted, some(0.6)).clamp(0, 1)
+    mix = torch.eye(3) + a * u(-0.25, 0.25, 3, 3)  # (B, 3, 3)
+    tinted = torch.einsum("bij,bjhw->bihw", mix, ink) * (1 + a * u(-0.3, 0.3))[:, None, None, None]
+    x = 1 - torch.lerp(ink, tinted, some(0.6 * a)).clamp(0, 1)
     soft = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
     gray = soft.mean(1, keepdim=True)
     dx, dy = gray[..., :, 1:] - gray[..., :, :-1], gray[..., 1:, :] - gray[..., :-1, :]
     edges = 1 - 4 * (F.pad(dx.abs(), (0, 1)) + F.pad(dy.abs(), (0, 0, 0, 1)))
-    x = torch.lerp(x, soft, some(0.15))
-    x = torch.lerp(x, edges.clamp(0, 1).expand_as(x), some(0.1))
-    return torch.lerp(x, x * u(0.5, 1.0, 3)[:, :, None, None], some(0.3))
+    x = torch.lerp(x, soft, some(0.15 * a))
+    x = torch.lerp(x, edges.clamp(0, 1).expand_as(x), some(0.1 * a))
+    return torch.lerp(x, x * u(0.5, 1.0, 3)[:, :, None, None], some(0.3 * a))
 
 
 class MakeMT0:
     """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
 
     steps, batch, unit = 9000, 256, "of English names translated exactly, mean of all languages"
+    phases = (0.0,)
     load = staticmethod(load_mt5)
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
         self.emoji, self.tokenizer = emoji, tokenizer
         self.model = MT5(PRESETS["nano"].mt5)
+        self.trained = self.model
         self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, seed)
-        self.pool, self.extra = self.texts.pool, dict(loss=self.texts.loss)
+        self.extra = dict(loss=self.texts.loss)
 
-    def loss(self, prompt, labels, pair):
+    def pool(self, number, batch, done):
+        return self.texts.pool(number, batch)
+
+    def loss(self, done, prompt, labels, pair):
         losses = caption_losses(self.model, self.model.embed(prompt), prompt != Tokenizer.pad, labels)
         real = labels != -100
         self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses.detach()).sum(1) / real.sum(1))
         return losses.mean()
 
-    def test(self, quick: bool) -> dict[str, float]:
+    def test(self, quick: bool, done: float) -> dict[str, float]:
         return exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
 
     def save(self, out: Path):
@@ -273,36 +295,58 @@ class MakeMT0:
 
 
 class MakeBLIP2:
-    """As MakeMT0; the T5 behind the pictures is smaller and writes English only, the stand-in for flan-t5.
+    """As MakeMT0; the T5 behind the pictures is small and writes English only, the stand-in for flan-t5.
 
-    To the captioning loss comes BLIP-2's image-text contrast (Li et al. 2023, section 3.1), without which a ViT from random
-    weights finds no reason to look for a long time: the mean of a picture's vectors is to lie closer to the embedded pieces of its
-    own name than to those of the others. Here the others are all names, not only the batch's.
+    Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and that of
+    the Q-Former's, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
+    names each can have a vector of its own, so this is a linear classifier). Redrawing grows from a third of its strength to all of it
+    in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5.
     """
 
-    steps, batch, unit = 6000, 64, "of the validation pictures named exactly in English"
+    steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
+    phases = (0.0, CONTRAST)
     load = staticmethod(load_mblip)
     extra = {}
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
         self.emoji, self.tokenizer = emoji, tokenizer
         nano = PRESETS["nano"]
-        self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, layers=2, decoder_layers=2)))
+        small = dict(width=nano.mt5.width * 2 // 3, heads=nano.mt5.heads * 2 // 3, layers=1, decoder_layers=1)
+        self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, **small)))
+        C = len(emoji.concepts)
+        self.heads = nn.ModuleDict(dict(vit=nn.Linear(nano.vit.width, C), qformer=nn.Linear(nano.qformer.width, C)))
+        self.trained = nn.ModuleDict(dict(model=self.model, heads=self.heads))
         self.image = ImageConfig(size=nano.vit.image_size)
-        self.names = tokenizer.batch([emoji.names["en"][concept] for concept in emoji.concepts])  # (C, T)
-        self.pool = Pictures(emoji, tokenizer, self.image, seed).pool
+        self.pictures = Pictures(emoji, tokenizer, self.image, seed)
 
-    def loss(self, image, prompt, labels, concept):
-        visual = self.model.encode_image(image)  # (B, Q, D)
+    def pool(self, number, batch, done):
+        return self.pictures.pool(number, batch, min(1.0, 1 / 3 + 4 / 3 * done / CONTRAST), blend=done < CONTRAST)
+
+    def logits(self, image) -> dict[str, torch.Tensor]:
+        """image float (B, 1, 3, size, size) -> for ViT and Q-Former (B, C), one logit a concept."""
+        features = self.model.image_features(image)[:, 0]  # (B, N, Dv)
+        summary = self.model.qformer(self.model.queries.expand(len(features), -1, -1), features)  # (B, Q, Dq)
+        return {name: self.heads[name](x.mean(1)).float() for name, x in dict(vit=features, qformer=summary).items()}
+
+    def loss(self, done, image, prompt, labels, target):
+        if done < CONTRAST:
+            return sum(F.cross_entropy(logits, target) for logits in self.logits(image).values())
+        with torch.no_grad():
+            features = self.model.image_features(image)
+        visual = self.model.image_tokens(features)  # (B, Q, D)
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
         text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
-        real = (self.names > Tokenizer.eos)[..., None].float()  # (C, T, 1)
-        names = (self.model.mt5.embed(self.names) * real).sum(1) / real.sum(1)  # (C, D)
-        near = F.normalize(visual.float().mean(1), dim=-1) @ F.normalize(names, dim=-1).T  # (B, C), cosines
-        return caption_losses(self.model.mt5, text, mask, labels).mean() + F.cross_entropy(near.float() / TEMPERATURE, concept)
+        return caption_losses(self.model.mt5, text, mask, labels).mean()
 
-    def test(self, quick: bool) -> dict[str, float]:
-        """On the validation pictures only: the test pictures are for the trained whole."""
+    def test(self, quick: bool, done: float) -> dict[str, float]:
+        """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier."""
+        self.model.eval()
+        if done < CONTRAST:
+            cells = self.emoji.cells_in("val")
+            raw = torch.from_numpy(self.emoji.pictures[cells]).permute(0, 3, 1, 2).float() / 255
+            with torch.no_grad():
+                found = self.logits(self.pictures.normalise(raw)[:, None])["qformer"].argmax(1)
+            return {"en": (found == self.pictures.concept[cells]).float().mean().item()}
         items = questions(self.emoji, "validation", ["en"], 0)
         answers = answer(self.model, self.tokenizer, self.image, self.emoji, items)
         return {lang: r["exact"] for lang, r in score(self.emoji, items, answers, LanguageID({"en": self.emoji.names["en"]})).items()}
@@ -334,11 +378,11 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(cfg.seed)
     stage = STAGES[name](emoji, tokenizer, cfg.seed)
     cfg = replace(cfg, steps=cfg.steps or stage.steps, batch=cfg.batch or stage.batch)
-    model = stage.model
-    model.init_weights()
+    stage.model.init_weights()
     if cfg.init:  # the optimizers' memory and the running losses are not in it: both come back within a few hundred steps
-        model.load_state_dict(stage.load(Path(cfg.init)).state_dict())
+        stage.model.load_state_dict(stage.load(Path(cfg.init)).state_dict())
 
+    model = stage.trained
     hidden = [m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in path]
     is_hidden = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in is_hidden]
@@ -352,18 +396,20 @@ def main(argv: list[str]) -> int:
     log = Log(work / "loss.csv", ("step", "loss"), step)
     tests = Log(work / "exact.csv", ("step", "exact_match"), step)
     interrupt, last_save = Interrupt(), time.time()
+    starts = [round(share * cfg.steps) // POOL * POOL for share in stage.phases]  # a phase begins with a pool
     bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
 
     while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
-        for tensors in islice(stage.pool(step // POOL, cfg.batch), cfg.steps - step):
+        done = max(step / cfg.steps, *(share for share, start in zip(stage.phases, starts) if start <= step))
+        for tensors in islice(stage.pool(step // POOL, cfg.batch, done), cfg.steps - step):
             started = time.time()
             for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * rate(cfg, step)
+                    group["lr"] = peak * rate(cfg, step, starts)
             model.train()
             # Written out, attention of a few places in bf16 takes less time than torch's fused kernel, whose backward pass is slow.
             with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16), attend_path("written"):
-                loss = stage.loss(*tensors)
+                loss = stage.loss(done, *tensors)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -375,7 +421,7 @@ def main(argv: list[str]) -> int:
             bar.update(1)
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         if step // cfg.eval_every > (step - POOL) // cfg.eval_every:
-            tests.add(step, f"{mean(stage.test(quick=True).values()):.4f}")
+            tests.add(step, f"{mean(stage.test(quick=True, done=step / cfg.steps).values()):.4f}")
         if time.time() - last_save > cfg.save_every:
             state.save(step, seconds)
             last_save = time.time()
@@ -383,7 +429,7 @@ def main(argv: list[str]) -> int:
     state.save(step, seconds)
     interrupt.release()
 
-    exact = stage.test(quick=False)
+    exact = stage.test(quick=False, done=step / cfg.steps)
     stage.save(out)
     shutil.copyfile(tokenizer.path, out / "spiece.model")
     record = dict(config=asdict(cfg), steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__,
