@@ -49,15 +49,15 @@ class Config:
 
 def find_model(name: str) -> Path:
     """The folder that --model means; FileNotFoundError says what to run when there is none."""
-    shipped, runs = HERE / "weights" / "nano", Path("out")
+    shipped, runs = HERE / "weights" / "nano" / "aligned", Path("out")
     if name and Path(name).is_dir():
         return Path(name)
-    if name in ("", "nano") and (shipped / "config.json").exists():
-        return shipped
     if name == "":
         done = [path.parent for path in runs.glob("*/model.safetensors") if (path.parent / "config.json").exists()]
         if done:
             return max(done, key=lambda run: (run / "model.safetensors").stat().st_mtime)
+    if name in ("", "nano") and (shipped / "config.json").exists():
+        return shipped
     if name in PRESETS and (HERE / "weights" / name / "config.json").exists():
         return HERE / "weights" / name
     if name in PRESETS and name != "nano":

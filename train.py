@@ -14,7 +14,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -50,12 +50,12 @@ class Config:
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
     tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
-    init: str = flag("random", "starting weights: random (of size nano), blip2 (ViT, Q-Former and queries of --blip2, the language "
-                               "model of --llm, a fresh projection: mBLIP's start), or a folder in the official layout")
+    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --blip2, the language model of --llm, a fresh "
+                              "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
     blip2: str = flag("weights/nano/blip2", "with --init blip2: the folder that can see, made by weights/make_nano.py blip2")
     llm: str = flag("weights/nano/mt0", "with --init blip2: the language model's folder, made by weights/make_nano.py mt0; "
                                         "random = fresh weights of the same size, for comparison")
-    align: int = flag(0, "first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
+    align: int = flag(100, "with --init blip2: first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
@@ -145,15 +145,13 @@ def build_mblip(blip2: Path, llm: str) -> MBLIP:
     """
     model = load_mblip(blip2)
     if llm == "random":
-        model.mt5 = MT5(PRESETS["nano"].mt5)
-        model.mt5.init_weights()
+        mt5 = MT5(PRESETS["nano"].mt5)
+        mt5.init_weights()
     else:
-        model.mt5 = load_mt5(llm)
+        mt5 = load_mt5(llm)
         if (Path(llm) / "spiece.model").read_bytes() != (blip2 / "spiece.model").read_bytes():
             raise ValueError(f"--llm {llm}: its spiece.model is not the one of --blip2 {blip2}")
-    model.cfg = replace(model.cfg, mt5=model.mt5.cfg)
-    model.proj = nn.Linear(model.cfg.qformer.width, model.cfg.mt5.width)
-    model.init_projection()
+    model.exchange_language_model(mt5)
     return model
 
 
@@ -323,7 +321,7 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
-    aligning = step < cfg.align
+    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection"
     if aligning:  # what has no gradient is passed over by the optimizers, and costs no backward pass
         mark_trainable(model, ("projection",))
     while step < cfg.steps:

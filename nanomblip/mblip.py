@@ -82,6 +82,12 @@ class MBLIP(nn.Module):
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)  # as large as embedded pieces
         nn.init.zeros_(self.proj.bias)
 
+    def exchange_language_model(self, mt5: MT5) -> None:
+        """Put another language model behind the Q-Former, with a fresh projection to its width: where re-alignment starts from."""
+        self.mt5, self.cfg = mt5, replace(self.cfg, mt5=mt5.cfg)
+        self.proj = nn.Linear(self.cfg.qformer.width, mt5.cfg.width)
+        self.init_projection()
+
     def image_features(self, image):
         """What the ViT sees: image float (B, I, 3, size, size) -> (B, I, N, Dv). Cache this when the ViT is frozen."""
         assert image.ndim == 5, f"image is (B, I, 3, size, size), I = images a sample; got {tuple(image.shape)}"

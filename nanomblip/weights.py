@@ -303,15 +303,55 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32) -> MBLIP:
     """Build the model of a folder in the official layout and fill it, strictly; returns it in eval mode.
 
-    Raises WeightsError for a missing or damaged file, an unknown or a missing key, a wrong shape or a tensor that is
-    not floating point.
+    A folder written by `save_trained` holds some parameters only; the others come from the folders it names.
+
+    Raises WeightsError for a missing or damaged file, an unknown or a missing key, a wrong shape, a tensor that is
+    not floating point, or bases that are not those the trained parts were trained on.
     """
-    return _load(Path(folder), MBLIP, config_from_hf, official_names, "language_model.", dtype)
+    folder = Path(folder)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    if isinstance(config, dict) and "bases" in config:
+        return _load_on_bases(folder, config, dtype)
+    return _load(folder, MBLIP, config_from_hf, official_names, "language_model.", dtype)
 
 
 def load_mt5(folder: Path | str, dtype: torch.dtype = torch.float32) -> MT5:
     """Build and fill a language model by itself (an mT0 or mT5 folder of the hub, or ours); errors as in `load_mblip`."""
     return _load(Path(folder), MT5, mt5_config_from_hf, mt5_names, "", dtype)
+
+
+def _load_on_bases(folder: Path, config: dict, dtype: torch.dtype) -> MBLIP:
+    """The model of a folder that `save_trained` wrote; errors as in `load_mblip`."""
+    bases = config["bases"]
+    if not (isinstance(bases, dict) and set(bases) == {"vision", "language_model", "sha256", "trained_sha256"}
+            and all(isinstance(value, str) for value in bases.values())):  # fmt: skip
+        raise WeightsError(f"{folder / 'config.json'}: bases must name vision, language_model, sha256 and trained_sha256")
+    model = load_mblip(folder / bases["vision"])
+    model.exchange_language_model(load_mt5(folder / bases["language_model"]))
+    if config_from_hf(config) != model.cfg:
+        raise WeightsError(f"{folder}: its config.json describes another model than its bases")
+    found, names = find_tensors(folder), {official: mine for mine, official in official_names(model).items()}
+    if unknown := sorted(set(found) - set(names)):
+        raise WeightsError(f"{folder}: {len(unknown)} unknown key(s), first {unknown[0]!r}: these are not the weights of its config.json")
+    parameters = dict(model.named_parameters())
+    frozen = digest({mine: parameters[mine] for official, mine in names.items() if official not in found})
+    if frozen != bases["sha256"]:
+        raise WeightsError(f"{folder}: was trained on other weights than {bases['vision']} and {bases['language_model']} hold now{_restore(folder)}")
+    trained = {}
+    for key, path in found.items():
+        with open_safetensors(path) as file:
+            trained[key] = _read_tensor(file, path, key, parameters[names[key]].shape)
+    if digest(trained) != bases["trained_sha256"]:
+        raise WeightsError(f"{folder}: model.safetensors does not have the sha256 it was written with{_restore(folder)}")
+    for key, value in trained.items():
+        _set_parameter(model, names[key], value)
+    return model.to(dtype).eval()
+
+
+def _restore(folder: Path) -> str:
+    """What to do about damaged weights, if they are the shipped ones."""
+    shipped = Path(__file__).resolve().parent.parent / "weights" / "nano"
+    return "; restore them with: git checkout -- weights/nano" if shipped in (folder.resolve(), *folder.resolve().parents) else ""
 
 
 def _load(folder: Path, cls, config_of, names_of, prefix: str, dtype: torch.dtype) -> nn.Module:
@@ -321,7 +361,10 @@ def _load(folder: Path, cls, config_of, names_of, prefix: str, dtype: torch.dtyp
     cfg = config_of(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = cls(cfg)
-    _fill(model, folder, {official: mine for mine, official in names_of(model).items()}, prefix, dtype)
+    try:
+        _fill(model, folder, {official: mine for mine, official in names_of(model).items()}, prefix, dtype)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_restore(folder)}") from None
     return model.eval()
 
 
@@ -440,6 +483,23 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra)
+
+
+def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_model: str, image_token: int, languages=None) -> None:
+    """Write some parameters only, as fp16, and where the others are: a few MB instead of the whole model.
+
+    trained: names of parameters as in `model.named_parameters()`; vision and language_model: the folders of the two bases, relative to
+    `folder`; their parameters must be the model's own. Otherwise as `save_mblip`; transformers cannot open it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, parameters = official_names(model), dict(model.named_parameters())
+    tensors = {names[mine]: parameters[mine].detach().to(torch.float16) for mine in trained}
+    frozen = digest({mine: p for mine, p in parameters.items() if mine not in set(trained)})
+    bases = dict(vision=vision, language_model=language_model, sha256=frozen, trained_sha256=digest(tensors))
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    extra = {} if languages is None else {"languages": sorted(languages)}
+    write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra | {"bases": bases})
 
 
 def save_mt5(model: MT5, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -196,5 +196,5 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     assert make_nano.main(["blip2", "--steps", "1", *flags, *more]) == 0
     again = load_mblip(tmp_path / "more" / "blip2")
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    with pytest.raises(ValueError, match="mt0 or blip2"):
+    with pytest.raises(ValueError, match="mt0, blip2, aligned"):
         make_nano.main(["--steps", "2"])

@@ -68,6 +68,7 @@ def test_one_picture_is_one_line_and_stderr_names_the_weights(capsys):
 def test_the_newest_run_is_taken_and_without_any_it_says_what_to_run(capsys, tmp_path, monkeypatch, weights):
     assert sample.find_model("") == Path("out/run") and sample.find_model(str(weights)) == weights
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "HERE", tmp_path)
     for name in ((), ("--model", "nano")):
         status, out, err = run(capsys, "--image", CAT, *name)
         assert status == 2 and out == "" and "python train.py --lang_mix all" in err and err.count("\n") == 1
@@ -75,11 +76,13 @@ def test_the_newest_run_is_taken_and_without_any_it_says_what_to_run(capsys, tmp
     assert status == 2 and "weights/mblip-mt0-xl" in err and err.count("\n") == 1
 
 
-def test_a_shipped_model_comes_before_the_newest_run(monkeypatch, tmp_path, weights):
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "nano").symlink_to(weights)
+def test_a_shipped_model_answers_when_asked_for_or_when_there_is_no_run(monkeypatch, tmp_path, weights):
+    (tmp_path / "weights" / "nano").mkdir(parents=True)
+    (tmp_path / "weights" / "nano" / "aligned").symlink_to(weights)
     monkeypatch.setattr(sample, "HERE", tmp_path)
-    assert sample.find_model("") == sample.find_model("nano") == tmp_path / "weights" / "nano"
+    assert sample.find_model("nano") == tmp_path / "weights" / "nano" / "aligned" and sample.find_model("") == Path("out/run")
+    monkeypatch.chdir(tmp_path)
+    assert sample.find_model("") == tmp_path / "weights" / "nano" / "aligned"
 
 
 def test_the_picture_matters(capsys, tmp_path):

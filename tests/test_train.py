@@ -31,7 +31,7 @@ SMALL = replace(
     mt5=replace(NANO.mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1, dropout=0.1),
     queries=2,
 )
-FLAGS = "--steps 9 --warmup 3 --batch 4 --accumulate 2 --eval_pictures 1 --eval_every 4 --tasks caption,match".split()
+FLAGS = "--steps 9 --warmup 3 --batch 4 --accumulate 2 --eval_pictures 1 --eval_every 4 --tasks caption,match --init random".split()
 
 
 EMOJI = train.load_emoji("core")

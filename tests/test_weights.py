@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nanomblip.mblip import PRESETS, MBLIPConfig
 from nanomblip.weights import (WeightsError, config_from_hf, config_to_hf, digest, load_mblip, load_mt5, save_mblip, save_mt5,
-                               save_tensors)  # fmt: skip
+                               save_tensors, save_trained)  # fmt: skip
 
 SHARED, HEAD = "language_model.shared.weight", "language_model.lm_head.weight"
 
@@ -217,3 +217,57 @@ def test_a_language_model_by_itself_goes_both_ways(tmp_path):
 
 def test_the_default_config_is_the_official_xl():
     assert MBLIPConfig() == PRESETS["mblip-mt0-xl"]
+
+
+@pytest.fixture
+def on_bases(tmp_path):
+    """A model whose Q-Former, queries and projection were trained in front of another frozen language model, and its folder."""
+    sees, reads = tiny_mblip(seed=1), tiny_mblip(replace(TINY, mt5=replace(TINY.mt5, width=32)), seed=2).mt5
+    save_mblip(sees, tmp_path / "blip2", image_token=66)
+    save_mt5(reads, tmp_path / "mt0")
+    sees.exchange_language_model(reads)
+    trained = [name for name, _ in sees.named_parameters() if not name.startswith(("vit.", "mt5."))]
+    with torch.no_grad():
+        for name in trained:
+            sees.get_parameter(name).copy_(torch.randn_like(sees.get_parameter(name)).half())
+    save_trained(sees, tmp_path / "aligned", trained, "../blip2", "../mt0", image_token=66, languages=["sw"])
+    return sees, tmp_path / "aligned"
+
+
+def test_trained_parts_come_back_on_top_of_their_bases(on_bases):
+    model, folder = on_bases
+    assert same(load_mblip(folder), model)
+    assert len(load_file(folder / "model.safetensors")) == sum(1 for n, _ in model.named_parameters() if not n.startswith(("vit.", "mt5.")))
+    assert json.loads((folder / "config.json").read_text())["languages"] == ["sw"]
+
+
+@pytest.mark.parametrize("damage,message", [("base", "was trained on other weights"), ("bits", "sha256"), ("unknown", "1 unknown key"),
+                                            ("bases", "bases must name"), ("gone", "no such folder"), ("config", "another model")])  # fmt: skip
+def test_trained_parts_refuse_other_bases_and_damage(on_bases, damage, message):
+    _, folder = on_bases
+    config = json.loads((folder / "config.json").read_text())
+    if damage == "base":
+        edit(folder.parent / "mt0", lambda t: t["lm_head.weight"].mul_(1.01))
+    elif damage == "bits":
+        edit(folder, lambda t: t["query_tokens"].neg_())
+    elif damage == "unknown":
+        edit(folder, lambda t: t.update(other=torch.zeros(1)))
+    elif damage == "bases":
+        config["bases"].pop("sha256")
+    elif damage == "gone":
+        shutil.rmtree(folder.parent / "mt0")
+    else:
+        config["qformer_config"]["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=message):
+        load_mblip(folder)
+
+
+def test_damaged_shipped_weights_say_how_to_restore_them(monkeypatch, tmp_path):
+    from nanomblip import weights
+
+    monkeypatch.setattr(weights, "__file__", str(tmp_path / "nanomblip" / "weights.py"))
+    save_mblip(tiny_mblip(), tmp_path / "weights" / "nano" / "blip2", image_token=66)
+    edit(tmp_path / "weights" / "nano" / "blip2", lambda t: t.pop(HEAD))
+    with pytest.raises(WeightsError, match="git checkout -- weights/nano"):
+        load_mblip(tmp_path / "weights" / "nano" / "blip2")

@@ -1,5 +1,7 @@
 """Make what nano starts from: `python weights/make_nano.py mt0` and `python weights/make_nano.py blip2`.
 
+A run of train.py on the two becomes weights/nano/aligned by `python weights/make_nano.py aligned --init out/RUN`.
+
 mBLIP joins two models that took others months. This script makes both in miniature, from the embedded data alone:
 
   mt0    an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which
@@ -39,17 +41,17 @@ from nanomblip.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
 from nanomblip.mt5 import MT5  # noqa: E402
 from nanomblip.runs import Interrupt, Log, RunLock, State, keep_memory, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
-from nanomblip.weights import load_mblip, load_mt5, save_mblip, save_mt5, write_json  # noqa: E402
+from nanomblip.weights import load_mblip, load_mt5, read_json, save_mblip, save_mt5, save_trained, write_json  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Config:
     steps: int = flag(0, "optimizer steps; 0 = 9000 for mt0, 8000 for blip2")
     batch: int = flag(0, "examples in a step; 0 = 256 for mt0, 64 for blip2")
-    lr: float = flag(2e-3, "AdamW's peak learning rate: embedding, head, norms, position tables")
-    muon_lr: float = flag(0.02, "Muon's peak learning rate: the matrices inside the blocks")
+    lr: float = flag(0.0, "AdamW's peak learning rate: embedding, head, norms, position tables; 0 = 1e-3 for mt0, 2e-3 for blip2")
+    muon_lr: float = flag(0.0, "Muon's peak learning rate: the matrices inside the blocks; 0 = 0.01 for mt0, 0.02 for blip2")
     warmup: int = flag(100, "steps of linear warm-up")
-    decay: float = flag(0.3, "share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
+    decay: float = flag(0.0, "0 = 0.8 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
     seed: int = flag(0, "of everything random")
     bf16: bool = flag(True, "matrix products in bf16 (autocast); --no_bf16 where the processor has no instructions for it")
@@ -268,7 +270,7 @@ class MakeMT0:
     """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
 
     steps, batch, unit = 9000, 256, "of English names translated exactly, mean of all languages"
-    phases = (0.0,)
+    phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01, decay=0.8)
     load = staticmethod(load_mt5)
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
@@ -304,7 +306,7 @@ class MakeBLIP2:
     """
 
     steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
-    phases = (0.0, CONTRAST)
+    phases, rates = (0.0, CONTRAST), dict(lr=2e-3, muon_lr=0.02, decay=0.3)
     load = staticmethod(load_mblip)
     extra = {}
 
@@ -364,20 +366,38 @@ def caption_losses(mt5: MT5, embedded, mask, labels) -> torch.Tensor:
     return F.cross_entropy(logits, labels[real], reduction="none")
 
 
+def keep_trained(run: Path, out: Path) -> None:
+    """Write the trained parts of a run that started from weights/nano/{blip2,mt0} to out/aligned, on top of these two."""
+    model, record = load_mblip(run), read_json(run / "record.json")
+    started = dict(load_mblip(out / "blip2").vit.named_parameters(prefix="vit")) | dict(load_mt5(out / "mt0").named_parameters(prefix="mt5"))
+    trained = [name for name, p in model.named_parameters() if name not in started or not torch.equal(p, started[name])]
+    config = read_json(run / "config.json")
+    save_trained(model, out / "aligned", trained, "../blip2", "../mt0", config["image_token_index"], config["languages"])
+    for name in ("preprocessor_config.json", "spiece.model"):
+        shutil.copyfile(run / name, out / "aligned" / name)
+    write_json(out / "aligned" / "record.json", record)
+    print(f"{len(trained)} trained tensors; {out / 'aligned'}")
+
+
 STAGES = {"mt0": MakeMT0, "blip2": MakeBLIP2}
 
 
 def main(argv: list[str]) -> int:
     keep_memory()
-    cfg = parse_flags(Config, argv[1:] if argv[:1] and argv[0] in STAGES else argv, "Make what nano starts from: mt0 or blip2.")
-    if not argv or argv[0] not in STAGES:
-        raise ValueError(f"give the model to make first: {' or '.join(STAGES)}")
+    known = (*STAGES, "aligned")
+    cfg = parse_flags(Config, argv[1:] if argv[:1] and argv[0] in known else argv, "Make what nano starts from: mt0 or blip2.")
+    if not argv or argv[0] not in known:
+        raise ValueError(f"give what to make first: {', '.join(known)}")
     name = argv[0]
+    if name == "aligned":
+        keep_trained(Path(cfg.init), Path(cfg.out))
+        return 0
     work, out = Path(cfg.work) / name, Path(cfg.out) / name
     emoji, tokenizer = load_emoji(cfg.concepts), Tokenizer(ROOT / "data" / "spiece.model")
     torch.manual_seed(cfg.seed)
     stage = STAGES[name](emoji, tokenizer, cfg.seed)
     cfg = replace(cfg, steps=cfg.steps or stage.steps, batch=cfg.batch or stage.batch)
+    cfg = replace(cfg, **{name: value for name, value in stage.rates.items() if not getattr(cfg, name)})
     stage.model.init_weights()
     if cfg.init:  # the optimizers' memory and the running losses are not in it: both come back within a few hundred steps
         stage.model.load_state_dict(stage.load(Path(cfg.init)).state_dict())
