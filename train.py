@@ -59,13 +59,13 @@ class Config:
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
-    steps: int = flag(800, "optimizer steps")
+    steps: int = flag(1500, "optimizer steps")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
                                   "auto = muon when everything starts from random weights, else adamw",
                           ("auto", "adamw", "muon"))  # fmt: skip
-    lr: float = flag(2e-3, "AdamW's peak learning rate")
+    lr: float = flag(1e-3, "AdamW's peak learning rate")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")

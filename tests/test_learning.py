@@ -22,7 +22,7 @@ def test_nano_learns_six_pictures_by_heart_in_two_languages():
     torch.manual_seed(0)
     model = MBLIP(PRESETS["nano"])
     model.init_weights()
-    optimizers = train.build_optimizers(model, "muon", train.Config())
+    optimizers = train.build_optimizers(model, "muon", train.Config(lr=2e-3))
     pixels = array_to_tensor(emoji.pictures[[p for p, _ in items]], image)[:, None]
     prompt = tokenizer.batch([EVAL_PROMPT.format(L=train.LANGUAGES[lang].name) for _, lang in items])
     labels = pad_rows([tokenizer.encode(name(p, lang)) for p, lang in items], -100)
