@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         check_lora(r, alpha, dropout)
-        self.base = base.requires_grad_(False)
+        self.base = base.requires_grad_(False)  # float or int8
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         where = dict(dtype=torch.float32, device=base.weight.device)
         self.A = nn.Parameter(torch.empty(r, base.in_features, **where))
@@ -50,9 +50,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W becomes W + s B A. ValueError if it is merged already, or if the sum is not finite in W's type."""
+        """W becomes W + s B A. ValueError if it is merged already, if W is int8, or if the sum is not finite."""
         if self.unmerged is not None:
             raise ValueError("LoRA is merged already; unmerge it first")
+        if not self.base.weight.is_floating_point():
+            raise ValueError("LoRA cannot be merged into an int8 layer; load the layer in floating point first")
         merged = (self.base.weight.float() + self.scale * self.B @ self.A).to(self.base.weight.dtype)
         if not merged.isfinite().all():
             raise ValueError(f"LoRA merged into {self.base.weight.dtype} is not finite")
@@ -77,6 +79,11 @@ def check_lora(r: int, alpha: float, dropout: float) -> None:
         raise ValueError(f"LoRA dropout {dropout}: at least 0, below 1")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer of any kind: torch's own, or the one of int8.py, known by the two sizes they share."""
+    return not isinstance(module, LoRALinear) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Path -> layer, for every LoRALinear in a model."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -96,7 +103,7 @@ def add_lora(model: nn.Module, targets: str | tuple[str, ...], r: int = 8, alpha
     check_lora(r, alpha, dropout)
     if lora_layers(model):
         raise ValueError("the model has LoRA already; a second one would adapt the first")
-    found = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names]
+    found = [path for path, module in model.named_modules() if is_linear(module) and path.rpartition(".")[2] in names]
     for name in names:
         if not any(path.rpartition(".")[2] == name for path in found):
             raise ValueError(f"LoRA target {name!r} matches no linear layer")

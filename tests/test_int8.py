@@ -1,0 +1,166 @@
+"""int8.py against bitsandbytes, against the unrounded product, and with LoRA around it."""
+
+import pytest
+import torch
+import torch.nn as nn
+from test_lora import model, run
+
+from nanomblip.int8 import Int8Linear, int8_product, quantize_linears, quantize_rows
+from nanomblip.lora import add_lora, lora_layers, merge_lora
+from nanomblip.weights import digest
+
+
+def tensors(rows=5, width=64, out=48, outliers=(), seed=0):
+    """x (rows, width) with columns that hold large numbers, as transformers have them, and a linear layer."""
+    torch.manual_seed(seed)
+    x, linear = torch.randn(rows, width), nn.Linear(width, out)
+    x[:, list(outliers)] *= 20
+    return x, linear
+
+
+def error(y, exact):
+    return ((y - exact).norm() / exact.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def bnb():
+    return pytest.importorskip("bitsandbytes")
+
+
+def test_codes_and_scales_are_those_of_bitsandbytes_to_the_bit(bnb):
+    _, linear = tensors(width=300, out=200)
+    theirs = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    theirs = theirs if theirs.CB is not None else theirs._quantize("cpu")
+    ours = Int8Linear(linear)
+    assert torch.equal(ours.weight, theirs.CB) and torch.equal(ours.SCB, theirs.SCB) and theirs.SCB.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows,outliers", [(1, ()), (7, ()), (7, (3, 40)), (33, (0,)), (4, range(64))])
+def test_the_error_is_no_worse_than_that_of_bitsandbytes(bnb, rows, outliers):
+    for threshold, train in ((6.0, False), (0.0, True)):  # on a CPU its eval() rounds the input, its train() the weight alone
+        ours, theirs = [], []
+        for seed in range(8):
+            x, linear = tensors(rows, outliers=outliers, seed=seed)
+            exact = linear(x).detach()
+            layer = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False, threshold=6.0)
+            layer.load_state_dict(linear.state_dict())
+            with torch.no_grad():
+                theirs.append(error(layer.to("cpu").train(train)(x.half()).float(), exact))
+                ours.append(error(Int8Linear(linear, threshold)(x), exact))
+        assert sum(ours) <= sum(theirs) * 1.01 and max(ours) < 0.01
+
+
+def test_half_a_step_a_row_at_most():
+    _, linear = tensors()
+    layer = Int8Linear(linear)
+    assert ((layer.dequantized() - linear.weight).abs() <= layer.SCB[:, None] * (0.5 / 127 + 2**-11)).all()
+    assert layer.weight.abs().amax(1).eq(127).all()
+
+
+def test_outlier_columns_are_kept_in_floating_point():
+    x, linear = tensors(outliers=(3, 40))
+    exact = linear(x)
+    with_them, without = (error(Int8Linear(linear, threshold)(x), exact) for threshold in (6.0, 1e6))
+    assert with_them < without / 3
+    assert error(Int8Linear(linear, 0.0)(x), exact) < with_them  # x unrounded
+
+
+def test_the_sum_is_exact():
+    weight = torch.full((2, 5120), 127, dtype=torch.int8)
+    x = torch.ones(1, 5120)
+    x[0, 2560:] = -1
+    x[0, -1] = 1 / 127  # 2560 times 127^2, 2559 times -127^2, once 127: on the way past 2^24, where fp32 has no odd numbers
+    assert torch.equal(int8_product(x, weight, torch.full((2,), 127.0), 6.0), torch.full((1, 2), 128.0))
+
+
+def test_shapes_types_and_bias():
+    x, linear = tensors(rows=6)
+    for threshold in (6.0, 0.0):
+        layer = Int8Linear(linear, threshold)
+        assert layer(x.view(2, 3, 64)).shape == (2, 3, 48) and layer(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(layer(x.view(2, 3, 64)).view(6, 48), layer(x))
+        plain = nn.Linear(64, 48, bias=False)
+        plain.weight = linear.weight
+        assert torch.allclose(layer(x) - linear.bias, Int8Linear(plain, threshold)(x), atol=1e-5)
+
+
+def test_gradients_reach_the_input_through_the_frozen_weight():
+    x, linear = tensors(outliers=(5,))
+    for threshold in (6.0, 0.0):
+        layer = Int8Linear(linear, threshold)
+        x.grad = None
+        x.requires_grad_()
+        (layer(x) * torch.arange(48.0)).sum().backward()
+        assert torch.allclose(x.grad, (torch.arange(48.0) @ layer.dequantized()).expand_as(x), rtol=1e-4, atol=1e-3)
+        assert not list(layer.parameters())
+
+
+def test_zero_rows_and_an_empty_batch():
+    _, linear = tensors()
+    with torch.no_grad():
+        linear.weight[3] = 0
+    layer = Int8Linear(linear)
+    x = torch.randn(2, 64)
+    x[1] = 0
+    y = layer(x)
+    assert y.isfinite().all() and torch.equal(y[1], linear.bias) and y[0, 3] == linear.bias[3]
+    assert layer(torch.zeros(0, 64)).shape == (0, 48) and layer(torch.zeros(2, 0, 64)).shape == (2, 0, 48)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_changed(bad):
+    mt5 = model()
+    mt5.decoder.blocks[-1].mlp.wo.weight.data[2, 3] = bad  # 1e6: not finite in fp16
+    bits = digest(dict(mt5.named_parameters()))
+    with pytest.raises(ValueError, match="wo.*1 of 28 rows"):
+        quantize_linears(mt5)
+    assert digest(dict(mt5.named_parameters())) == bits and not any(isinstance(m, Int8Linear) for m in mt5.modules())
+
+
+def test_other_bad_input():
+    x, linear = tensors()
+    for bad in (float("nan"), float("inf")):
+        x[1, 1] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            quantize_rows(x)
+    for threshold in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="threshold"):
+            Int8Linear(linear, threshold)
+    mt5 = model()
+    with pytest.raises(ValueError, match="'dance' matches no"):
+        quantize_linears(mt5, skip=("dance",))
+    with pytest.raises(ValueError, match="no linear layer"):
+        quantize_linears(mt5.embed)
+    quantize_linears(mt5)
+    with pytest.raises(ValueError, match="already"):
+        quantize_linears(mt5)
+
+
+def test_a_quantised_model_says_nearly_the_same_and_learns_through_lora():
+    exact = run(model()).detach()
+    mt5 = model()
+    before = sum(p.nbytes for p in mt5.parameters())
+    saved = quantize_linears(mt5, skip=("lm_head",))
+    assert before - saved == sum(t.nbytes for t in (*mt5.parameters(), *mt5.buffers()))
+    assert error(run(mt5), exact) < 0.05 and not torch.equal(run(mt5), exact)
+    assert isinstance(mt5.lm_head, nn.Linear) and isinstance(mt5.encoder.blocks[0].mlp.wo, Int8Linear)
+    add_lora(mt5, "all", r=4)
+    trained = [p for p in mt5.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(lora_layers(mt5)) == 2 * sum(isinstance(m, Int8Linear) for m in mt5.modules())
+    optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(run(mt5).flatten(0, 1), torch.tensor([4, 6, 1, 8, 1, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_lora_is_not_merged_into_int8():
+    mt5 = model()
+    quantize_linears(mt5, skip=("lm_head",))
+    add_lora(mt5, "qv", r=4)
+    with pytest.raises(ValueError, match="cannot be merged into an int8 layer"):
+        merge_lora(mt5)
+    assert all(layer.unmerged is None for layer in lora_layers(mt5).values())
