@@ -39,15 +39,37 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, threshold: float = THRESHOLD):
+        weight, scale = quantize_rows(linear.weight.detach().half())
+        self._set(weight, scale, None if linear.bias is None else linear.bias.detach().clone(), threshold)
+        self.train(linear.training)
+
+    @classmethod
+    def from_tensors(cls, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None = None, threshold: float = THRESHOLD):
+        """A layer from codes and scales that exist already: weight int8 (out, in), SCB float32 (out,), bias float (out,) or None.
+
+        The tensors are taken as they are, not copied. ValueError where a type or a shape is another, or a scale is negative or not finite.
+        """
+        if weight.dtype != torch.int8 or weight.ndim != 2:
+            raise ValueError(f"int8: weight is int8 (out, in), not {weight.dtype} {tuple(weight.shape)}")
+        if SCB.dtype != torch.float32 or SCB.shape != weight.shape[:1]:
+            raise ValueError(f"int8: SCB is float32 ({len(weight)},), not {SCB.dtype} {tuple(SCB.shape)}")
+        if bias is not None and (not bias.is_floating_point() or bias.shape != SCB.shape):
+            raise ValueError(f"int8: bias is float ({len(weight)},), not {bias.dtype} {tuple(bias.shape)}")
+        if not SCB.is_meta and not (SCB.isfinite() & (SCB >= 0)).all():
+            raise ValueError("int8: a scale in SCB is negative or not finite")
+        layer = cls.__new__(cls)
+        layer._set(weight, SCB, bias, threshold)
+        return layer
+
+    def _set(self, weight, SCB, bias, threshold):
         super().__init__()
         if not 0 <= threshold < float("inf"):
             raise ValueError(f"int8 threshold {threshold}: at least 0")
-        self.in_features, self.out_features, self.threshold = linear.in_features, linear.out_features, threshold
-        weight, scale = quantize_rows(linear.weight.detach().half())
+        self.out_features, self.in_features = weight.shape
+        self.threshold = threshold
         self.register_buffer("weight", weight)
-        self.register_buffer("SCB", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self.train(linear.training)
+        self.register_buffer("SCB", SCB)
+        self.register_buffer("bias", bias)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the layer computes with: (out, in)."""

@@ -50,6 +50,20 @@ def test_the_error_is_no_worse_than_that_of_bitsandbytes(bnb, rows, outliers):
         assert sum(ours) <= sum(theirs) * 1.01 and max(ours) < 0.01
 
 
+def test_a_layer_from_ready_codes_and_scales():
+    x, linear = tensors()
+    made = Int8Linear(linear)
+    layer = Int8Linear.from_tensors(made.weight, made.SCB, made.bias)
+    assert torch.equal(layer(x), made(x)) and layer.weight is made.weight and layer.threshold == 6.0
+    assert str(layer) == str(made) and list(layer.state_dict()) == list(made.state_dict()) == ["weight", "SCB", "bias"]
+    for bad, message in (((made.weight.float(), made.SCB), "weight is int8"), ((made.weight[0], made.SCB), "weight is int8"),
+                         ((made.weight, made.SCB.half()), "SCB is float32"), ((made.weight, made.SCB[:5]), "SCB is float32"),
+                         ((made.weight, -made.SCB), "negative"), ((made.weight, made.SCB * float("nan")), "not finite"),
+                         ((made.weight, made.SCB, made.bias[:5]), "bias is float"), ((made.weight, made.SCB, None, -1.0), "threshold")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Int8Linear.from_tensors(*bad)
+
+
 def test_half_a_step_a_row_at_most():
     _, linear = tensors()
     layer = Int8Linear(linear)
