@@ -12,6 +12,7 @@ HF_ENDPOINT names a mirror, HF_TOKEN goes to that host and to no other, with HF_
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ import requests
 from tqdm import tqdm
 
 from nanomblip.runs import RunLock
-from nanomblip.weights import RECORD, is_plain_name, read_json, read_record, weight_map, write_record
+from nanomblip.weights import INDEX, RECORD, SINGLE, is_plain_name, read_record, weight_map, write_record
 
 # Name -> repository and revision. A branch can move, so the commit that it meant is kept in the record of the folder; see weights/README.md.
 MODELS = {
@@ -32,14 +33,13 @@ MODELS = {
     **{f"mt0-{size}": (f"bigscience/mt0-{size}", "main") for size in ("small", "base", "large", "xl", "xxl")},
 }
 WANTED = ("config.json", "preprocessor_config.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces; requests itself would wait for ever
 TRIES = 6  # in a row without a new byte
 BACKOFF = 1.0  # seconds before the second try, doubled each time
 LONGEST_WAIT = 120.0  # seconds, whatever Retry-After says
 CHUNK = 1 << 20
-LARGEST_JSON = 50_000_000  # bytes of an answer that is kept in memory
+LARGEST_JSON = 50_000_000  # bytes of an answer that is kept in memory, and of any file but the weights
 
 
 class HubError(ValueError):
@@ -80,36 +80,45 @@ def download(name: str, folder: Path, skip: str | None = None) -> Path:
         return folder
     repository, _, revision = name.partition("@")
     repository, pinned = MODELS.get(repository, (repository, "main"))
-    revision = revision or pinned
+    revision = asked = revision or pinned
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) or not re.fullmatch(r"[\w-][\w./-]*", revision) or ".." in revision:
         raise HubError(f"{name!r}: not the name of a model; give {', '.join(MODELS)} or owner/repository@revision")
     if is_offline():
         raise HubError(f"{folder}: not complete, and HF_HUB_OFFLINE forbids to download {repository}; unset it, or copy the files there")
+    if (folder / RECORD).exists():  # some of its files were deleted: they come back as they were, wherever the branch is now
+        source = read_record(folder)["source"]
+        if (source.get("repository"), source.get("revision")) == (repository, revision):
+            revision = source["commit"]
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not endpoint.startswith(("https://", "http://")):
         raise HubError(f"HF_ENDPOINT={endpoint}: must start with https:// or http://")
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = RunLock(folder)  # noqa: F841, held until we return
+        lock = RunLock(folder)
     except ValueError:
         raise HubError(f"{folder}: another process downloads into it; wait for it or stop it") from None
-    with requests.Session() as session:
-        session.auth = _Token()
-        session.headers |= {"User-Agent": "nanomblip", "Accept-Encoding": "identity"}
-        commit, offered = _list_files(session, endpoint, repository, revision)
-        where = f"{endpoint}/{repository}/resolve/{commit}"
-        files = {}
-        get = lambda name: files.update({name: _fetch(session, f"{where}/{quote(name)}", folder, name, *offered[name])})
-        for small in (*WANTED, INDEX):
-            if small in offered:
-                get(small)
-        for shard in (shards := _shards(folder, repository, offered, skip)):
-            left = sum(offered[s][0] - _have(folder, s, offered[s][1]) for s in shards if s not in files)
-            if left > (free := shutil.disk_usage(folder).free):
-                raise HubError(f"{folder}: {left / 1e9:.1f} GB are still to come and {free / 1e9:.1f} GB are free; make room, then try again")
-            get(shard)
-    write_record(folder, files, dict(repository=repository, revision=revision, commit=commit))
+    try:
+        with requests.Session() as session:
+            session.auth = _Token()
+            session.headers.update({"User-Agent": "nanomblip", "Accept-Encoding": "identity"})
+            commit, offered = _list_files(session, endpoint, repository, revision)
+            where = f"{endpoint}/{repository}/resolve/{commit}"
+            files = {}
+            get = lambda name: files.update({name: _fetch(session, f"{where}/{quote(name)}", folder, name, *offered[name])})
+            for small in (*WANTED, INDEX):
+                if small in offered:
+                    if offered[small][0] > LARGEST_JSON:
+                        raise HubError(f"{repository}: {small} has {offered[small][0]:,} bytes, which cannot be right")
+                    get(small)
+            for shard in (shards := _shards(folder, repository, offered, skip)):
+                left = sum(offered[s][0] - _have(folder, s, offered[s][1]) for s in shards if s not in files)
+                if left > (free := shutil.disk_usage(folder).free):
+                    raise HubError(f"{folder}: {left / 1e9:.1f} GB are still to come and {free / 1e9:.1f} GB are free; make room, then try again")
+                get(shard)
+        write_record(folder, files, dict(repository=repository, revision=asked, commit=commit))
+    finally:
+        del lock  # else it would live as long as the traceback of an error
     return folder
 
 
@@ -204,9 +213,9 @@ def _fetch(session, url: str, folder: Path, name: str, size: int, digest: str) -
 class _Again(Exception):
     """This request did not work, the next one may; `wait` are the seconds that the server asked for."""
 
-    def __init__(self, message: str, wait: float = 0.0):
+    def __init__(self, message: str, wait: float = 0.0, status: int = 0):
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.status = wait, status
 
 
 def _rest(session, url: str, part: Path, size: int, digest: str, bar) -> str:
@@ -221,8 +230,14 @@ def _rest(session, url: str, part: Path, size: int, digest: str, bar) -> str:
             sha.update_from(part)
     bar.n = have
     bar.refresh()
-    if have < size or size == 0:
-        with _open(session, url, {"Range": f"bytes={have}-"} if have else {}) as reply:
+    if have < size or not part.exists():
+        try:
+            reply = _open(session, url, {"Range": f"bytes={have}-"} if have else {})
+        except _Again as again:
+            if again.status == 416:  # this server cannot go on from there
+                part.unlink(missing_ok=True)
+            raise
+        with reply:
             if have and not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 sha, have = _Hash(size, digest), 0  # 200, or another place: the range was ignored, this is the file from its start
                 if reply.status_code == 206:
@@ -255,7 +270,7 @@ def _get_json(session, url: str):
             if len(text) > LARGEST_JSON:
                 raise HubError(f"{url}: the answer has more than {LARGEST_JSON:,} bytes; is HF_ENDPOINT a copy of the hub?")
         try:
-            return requests.models.complexjson.loads(text)
+            return json.loads(text)
         except (ValueError, RecursionError):
             raise HubError(f"{url}: the answer is not JSON; is HF_ENDPOINT a copy of the hub, or does a login page stand in between?") from None
 
@@ -274,23 +289,26 @@ def _open(session, url: str, headers: dict):
         raise HubError(f"{url}: {status}, no such repository, revision or file")
     if status in (200, 206, 408, 416, 425, 429) or status >= 500:
         seconds = reply.headers.get("Retry-After", "")
-        raise _Again("compressed, though that was declined" if status < 300 else f"status {status}", float(seconds) if seconds.isdigit() else 0.0)
+        wait = float(seconds) if seconds.isdecimal() else 0.0
+        raise _Again("compressed, though that was declined" if status < 300 else f"status {status}", wait, status)
     raise HubError(f"{url}: status {status}")
 
 
 def _with_patience(request, what: str, progress=lambda: 0):
-    """Call `request` until it succeeds; HubError after TRIES calls in a row after which `progress()` was no further than before."""
-    tries, best = 0, progress()
+    """Call `request` until it succeeds. HubError when the bytes that `progress()` counts did not grow in TRIES calls in a row, or were
+    thrown away TRIES times."""
+    idle, thrown, before = 0, 0, progress()
     while True:
         try:
             return request()
         except (_Again, requests.RequestException) as error:
-            reason, wait = str(error).split("\n")[0][:200], getattr(error, "wait", 0.0)
+            reason, wait = " ".join(str(error).split())[:200], getattr(error, "wait", 0.0)
             if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects)):
                 raise HubError(f"{what}: {reason}") from None
         except OSError as error:
             raise HubError(f"{what}: cannot be written ({error}); what came so far is kept, try again when there is room") from None
-        tries, best = (1, progress()) if progress() > best else (tries + 1, best)
-        if tries >= TRIES:
-            raise HubError(f"{what}: given up after {tries} tries without progress, the last: {reason}; what came so far is kept, try again later")
-        time.sleep(min(max(wait, BACKOFF * 2 ** (tries - 1)), LONGEST_WAIT))
+        now = progress()
+        idle, thrown, before = 0 if now > before else idle + 1, thrown + (now < before), now
+        if max(idle, thrown) >= TRIES:
+            raise HubError(f"{what}: given up after {TRIES} tries in vain, the last: {reason}; what came so far is kept, try again later")
+        time.sleep(min(max(wait, BACKOFF * 2 ** max(0, idle - 1)), LONGEST_WAIT))

@@ -32,6 +32,7 @@ from nanomblip.mt5 import MT5
 INDEX, SINGLE, RECORD = "model.safetensors.index.json", "model.safetensors", "sha256.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # what --vision_dtype and --llm_dtype mean
 BLOCK = 1 << 22  # numbers that are read and converted at a time
+SHARD = 5_000_000_000  # bytes of a file of weights, at most
 VIT_THRESHOLD = 0.0  # of int8 layers in the ViT: weights only, see int8.py
 
 
@@ -522,7 +523,7 @@ def write_tensors(path: Path, entries: dict[str, tuple]) -> str:
     return sha.hexdigest()
 
 
-def write_shards(folder: Path, entries: dict[str, tuple], shard: int = 5_000_000_000) -> dict[str, str]:
+def write_shards(folder: Path, entries: dict[str, tuple], shard: int = SHARD) -> dict[str, str]:
     """`write_tensors` into model.safetensors, or into several files of at most `shard` bytes and an index; name -> sha256."""
     sizes = {key: dtype.itemsize * torch.Size(shape).numel() for key, (dtype, shape, _) in entries.items()}
     groups, room = [[]], shard
@@ -556,12 +557,13 @@ def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".base.", "."): t for name, t in model.state_dict().items() if name not in own}
 
 
-def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dtype: torch.dtype | None = torch.float32) -> None:
+def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dtype: torch.dtype | None = torch.float32,
+               shard: int = SHARD) -> None:  # fmt: skip
     """Write `config.json` and the weights in the official layout; transformers opens the folder.
 
     image_token: see `config_to_hf`; languages: the codes it was trained to answer in, stored as one more key. dtype: of all floats, None =
     as each is held. What is held in int8 is written in int8, as bitsandbytes names it, and loads at once the next time; such files
-    get a RECORD. LoRA is not written: merge it first, or see `save_adapter`.
+    get a RECORD. LoRA is not written: merge it first, or see `save_adapter`. shard: bytes a file, at most.
     """
     folder, held, entries = Path(folder), held_tensors(model), {}
     add = lambda key, t: entries.update({key: (t.dtype, tuple(t.shape), lambda: [t])})
@@ -574,7 +576,7 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
         else:
             t = held[mine]
             entries[official] = (dtype or t.dtype, tuple(t.shape), lambda t=t: [t])
-    done = write_shards(folder, entries)
+    done = write_shards(folder, entries, shard)
     extra = {} if languages is None else {"languages": sorted(languages)}
     if int8 := sorted(path for path, m in model.named_modules() if isinstance(m, Int8Linear)):
         kept = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
