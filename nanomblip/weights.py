@@ -361,8 +361,10 @@ def _blocks(path: Path, key: str, shape):
 
 def _checked(path: Path, key: str, value: torch.Tensor) -> torch.Tensor:
     """`value`, if its numbers are all finite."""
-    if value.is_floating_point() and not value.isfinite().all():
-        raise WeightsError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
+    if value.is_floating_point():
+        for part in value.view(-1).split(BLOCK):  # a sum is 14 times as fast as isfinite, but that of finite numbers can overflow
+            if not part.sum(dtype=torch.float32).isfinite() and not part.isfinite().all():
+                raise WeightsError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
     return value
 
 
@@ -399,7 +401,7 @@ def _quantize(path: Path, key: str, shape) -> tuple[torch.Tensor, torch.Tensor]:
         with open_safetensors(path) as file:
             _check_slice(path, key, file.get_slice(key), shape, None)
         for start, block in _blocks(path, key, shape):
-            codes[start : start + len(block)], scales[start : start + len(block)] = quantize_rows(block.half())
+            codes[start : start + len(block)], scales[start : start + len(block)] = quantize_rows(block.half().float())  # by way of fp16, as bitsandbytes
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise error if isinstance(error, WeightsError) else WeightsError(f"{path}: {key} cannot become int8 ({error})") from None
     return codes, scales
