@@ -28,6 +28,7 @@ from nanomblip.layout import (EMBED_ALIASES, MT5_KEYS, WeightsError, _expand, co
 from nanomblip.lora import LoRALinear, check_lora, lora_layers
 from nanomblip.mblip import MBLIP
 from nanomblip.mt5 import MT5
+from nanomblip.tokenizer import Tokenizer, to_hf
 
 INDEX, SINGLE, RECORD = "model.safetensors.index.json", "model.safetensors", "sha256.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # what --vision_dtype and --llm_dtype mean
@@ -211,12 +212,7 @@ def _load_on_bases(folder: Path, config: dict, dtype: torch.dtype, vision_dtype:
 
 def _digest_of_bases(vision: Path, llm: Path, names: list[str]) -> str:
     """`digest` of parameters in fp32, read one at a time from the folders of the two bases."""
-    with torch.device("meta"):
-        mt5 = MT5(mt5_config_from_hf(read_json(llm / "config.json")))
-        model = MBLIP(vision_config_from_hf(read_json(vision / "config.json"), mt5.cfg))
-    places = {f"mt5.{mine}": place for mine, place in _locate(llm, {key: mine for mine, key in mt5_names(mt5).items()}, "").items()}
-    seen = {key: mine for mine, key in official_names(model).items() if not mine.startswith(("mt5.", "proj."))}
-    places |= _locate(vision, seen, "language_model.", skip="language_")
+    places = _places_of_bases(vision, llm)
 
     def read(name):
         path, key = places[name]
@@ -226,6 +222,16 @@ def _digest_of_bases(vision: Path, llm: Path, names: list[str]) -> str:
     if strange := sorted(set(names) - set(places)):
         raise WeightsError(f"{strange[0]} was not trained, and is in neither of the bases {vision} and {llm}")
     return digest({name: lambda name=name: read(name) for name in names})
+
+
+def _places_of_bases(vision: Path, llm: Path) -> dict[str, tuple[Path, str]]:
+    """Our name -> file and key, of the ViT, Q-Former and queries of one folder and the language model of another."""
+    with torch.device("meta"):
+        mt5 = MT5(mt5_config_from_hf(read_json(llm / "config.json")))
+        model = MBLIP(vision_config_from_hf(read_json(vision / "config.json"), mt5.cfg))
+    places = {f"mt5.{mine}": place for mine, place in _locate(llm, {key: mine for mine, key in mt5_names(mt5).items()}, "").items()}
+    seen = {key: mine for mine, key in official_names(model).items() if not mine.startswith(("mt5.", "proj."))}
+    return places | _locate(vision, seen, "language_model.", skip="language_")
 
 
 class _Forms:
@@ -247,7 +253,7 @@ class _Forms:
             return self.dtype if wish is None else DTYPES[wish]
         if is_linear:
             return torch.int8
-        return torch.bfloat16 if name.endswith("embed.weight") else self.dtype
+        return torch.bfloat16 if self.prefix + name == "mt5.embed.weight" else self.dtype
 
     def threshold(self, name: str) -> float:
         return VIT_THRESHOLD if (self.prefix + name).startswith("vit.") else THRESHOLD
@@ -610,6 +616,61 @@ def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_mode
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra | {"bases": bases})
+
+
+def save_merged(model: MBLIP, folder: Path, image_token: int, source: Path | tuple[Path, Path], languages=None, dtype: torch.dtype = torch.float32,
+                shard: int = SHARD) -> None:  # fmt: skip
+    """Write the whole model in floats with its LoRA merged into the weights; transformers opens the folder and computes the same.
+
+    source: the folder that the model was loaded from, or those of its two bases, vision and language model: a layer that is held in int8 is
+    taken from there as it was before (to merge into rounded weights, and round again, moves the model), one tensor at a time.
+    Otherwise as `save_mblip`. Raises WeightsError when the source holds int8 itself.
+    """
+    held, lora, entries, places = held_tensors(model), lora_layers(model), {}, None
+    for mine, official in float_names(model).items():
+        t, layer = held[mine], lora.get(mine.removesuffix(".weight"))
+        if t.dtype == torch.int8 and places is None:
+            places = _places(source)
+
+        def blocks(mine=mine, t=t, layer=layer):
+            rows = max(1, BLOCK // max(1, t.shape[-1]))
+            parts = _blocks(*places[mine], t.shape) if t.dtype == torch.int8 else ((i, t[i : i + rows]) for i in range(0, len(t), rows))
+            for start, part in parts:
+                if layer is not None and layer.unmerged is None:
+                    part = part.float() + layer.scale * layer.B[start : start + len(part)] @ layer.A
+                yield part
+
+        entries[official] = dtype, tuple(t.shape), blocks
+        if t.dtype == torch.int8:
+            path, key = places[mine]
+            with open_safetensors(path) as file:
+                _check_slice(path, key, file.get_slice(key), t.shape, None)
+    write_shards(Path(folder), entries, shard)
+    extra = {} if languages is None else {"languages": sorted(languages)}
+    write_json(Path(folder) / "config.json", config_to_hf(model.cfg, image_token) | extra)
+
+
+def save_processor(folder: Path, source: Path, queries: int) -> None:
+    """Write what belongs beside the weights: tokenizer and picture settings of the folder `source`, for us and for transformers' Blip2Processor."""
+    tokenizer = Tokenizer(source / "spiece.model")
+    pictures = read_json(source / "preprocessor_config.json")
+    write_atomic(folder / "spiece.model", lambda path: path.write_bytes(tokenizer.path.read_bytes()))
+    write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "processor_config.json", dict(processor_class="Blip2Processor", num_query_tokens=queries))
+    for name, content in to_hf(tokenizer, image_token=len(tokenizer)).items():
+        write_json(folder / name, content)
+
+
+def _places(source: Path | tuple[Path, Path]) -> dict[str, tuple[Path, str]]:
+    """Our name -> file and key, for a folder in the official layout, one of `save_trained` (its bases), or two bases."""
+    if isinstance(source, tuple):
+        return _places_of_bases(*source)
+    config = read_json(source / "config.json")
+    if "bases" in config:
+        return _places_of_bases(source / config["bases"]["vision"], source / config["bases"]["language_model"])
+    with torch.device("meta"):
+        model = MBLIP(config_from_hf(config))
+    return _locate(source, {official: mine for mine, official in official_names(model).items()}, "language_model.")
 
 
 def save_mt5(model: MT5, folder: Path, dtype: torch.dtype = torch.float32) -> None:

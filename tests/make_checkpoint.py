@@ -19,7 +19,7 @@ from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.image import ImageConfig
 from nanomblip.layout import EMBED_ALIASES, config_to_hf, mt5_config_to_hf, mt5_names, official_names
 from nanomblip.mblip import MBLIP, PRESETS, MBLIPConfig
-from nanomblip.mt5 import MT5
+from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import BLOCK, write_json, write_shards
 
 
@@ -73,14 +73,12 @@ def drawn(key: str, shape: tuple, mean: float, std: float, seed: int):
 def padded_pieces(pieces: int) -> bytes:
     """The embedded tokenizer with pieces at its end that no text contains. A SentencePiece model is a protobuf message, in which further
     members of a list (field 1: the pieces; each with its text, field 1, and its kind, field 3, 5 = unused) may simply be appended."""
-    from nanomblip.tokenizer import Tokenizer
-
-    model = (DATA / "spiece.model").read_bytes()
+    parts = [(DATA / "spiece.model").read_bytes()]
     for i in range(len(Tokenizer(DATA / "spiece.model")), pieces):
         text = f"<unused_{i}>".encode()
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x18\x05"
-        model += b"\x0a" + bytes([len(piece)]) + piece
-    return model
+        parts.append(b"\x0a" + bytes([len(piece)]) + piece)
+    return b"".join(parts)
 
 
 def write_checkpoint(folder: Path, cfg: MBLIPConfig, dtype: torch.dtype = torch.float32, *, part: str = "all", pieces: int = 0, shard: int = 10**10,
