@@ -333,6 +333,8 @@ def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, 
         path, key = places[name]
         stored = shared[path].get_slice(key).get_dtype()
         form = forms(name, name in linears)
+        if stored == "BF16" and forms.prefix + name == "mt5.embed.weight" and any(place.endswith("SCB") for place in places):
+            form = torch.bfloat16  # as it was written beside int8 layers
         if stored == "I8" and name in linears:
             scale = name.removesuffix("weight") + "SCB"
             if scale not in places:
@@ -596,26 +598,31 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra)
 
 
-def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_model: str, image_token: int, languages=None) -> None:
+def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_model: str, image_token: int, languages=None,
+                 fingerprint: str | None = None) -> None:  # fmt: skip
     """Write some parameters only, as fp16, and where the others are: a few MB instead of the whole model.
 
-    trained: names of parameters as in `model.named_parameters()`; vision and language_model: the folders of the two bases, relative to
-    `folder`; their parameters must be the model's own (if it holds them in another type than fp32, the fingerprint is taken of the
-    files). Otherwise as `save_mblip`; transformers cannot open it.
+    trained: names of parameters as in `model.named_parameters()`, LoRA not among them; vision and language_model: the folders of the two
+    bases, relative to `folder`; their parameters must be the model's own. fingerprint: of these, if `frozen_fingerprint` has taken it
+    already. Otherwise as `save_mblip`; transformers cannot open it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names, held = float_names(model), held_tensors(model)
     tensors = {names[mine]: held[mine].detach().to(torch.float16) for mine in trained}
-    frozen = [mine for mine in names if mine not in set(trained)]
-    if all(held[mine].dtype == torch.float32 for mine in frozen):
-        fingerprint = digest({mine: held[mine] for mine in frozen})
-    else:
-        fingerprint = _digest_of_bases(folder / vision, folder / language_model, frozen)
+    fingerprint = fingerprint or frozen_fingerprint(model, trained, folder / vision, folder / language_model)
     bases = dict(vision=vision, language_model=language_model, sha256=fingerprint, trained_sha256=digest(tensors))
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra | {"bases": bases})
+
+
+def frozen_fingerprint(model: MBLIP, trained, vision: Path, language_model: Path) -> str:
+    """`digest` of all parameters but the trained ones, in fp32: of the model's own, or if it holds them in another type, of the files."""
+    held, frozen = held_tensors(model), [mine for mine in float_names(model) if mine not in set(trained)]
+    if all(held[mine].dtype == torch.float32 for mine in frozen):
+        return digest({mine: held[mine] for mine in frozen})
+    return _digest_of_bases(vision, language_model, frozen)
 
 
 def save_merged(model: MBLIP, folder: Path, image_token: int, source: Path | tuple[Path, Path], languages=None, dtype: torch.dtype = torch.float32,
