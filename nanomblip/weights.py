@@ -629,29 +629,28 @@ def save_merged(model: MBLIP, folder: Path, image_token: int, source: Path | tup
                 shard: int = SHARD) -> None:  # fmt: skip
     """Write the whole model in floats with its LoRA merged into the weights; transformers opens the folder and computes the same.
 
-    source: the folder that the model was loaded from, or those of its two bases, vision and language model: a layer that is held in int8 is
-    taken from there as it was before (to merge into rounded weights, and round again, moves the model), one tensor at a time.
+    source: the folder that the model was loaded from, or those of its two bases, vision and language model: what is held in int8 or
+    bf16 is taken from there as it was before (to merge into rounded weights, and round again, moves the model), one tensor at a time.
     Otherwise as `save_mblip`. Raises WeightsError when the source holds int8 itself.
     """
     held, lora, entries, places = held_tensors(model), lora_layers(model), {}, None
     for mine, official in float_names(model).items():
         t, layer = held[mine], lora.get(mine.removesuffix(".weight"))
-        if t.dtype == torch.int8 and places is None:
-            places = _places(source)
+        rounded = t.dtype != torch.float32
+        if rounded:
+            places = places or _places(source)
+            with open_safetensors(places[mine][0]) as file:
+                _check_slice(*places[mine], file.get_slice(places[mine][1]), t.shape, None)
 
-        def blocks(mine=mine, t=t, layer=layer):
+        def blocks(mine=mine, t=t, layer=layer, rounded=rounded):
             rows = max(1, BLOCK // max(1, t.shape[-1]))
-            parts = _blocks(*places[mine], t.shape) if t.dtype == torch.int8 else ((i, t[i : i + rows]) for i in range(0, len(t), rows))
+            parts = _blocks(*places[mine], t.shape) if rounded else ((i, t[i : i + rows]) for i in range(0, len(t), rows))
             for start, part in parts:
                 if layer is not None and layer.unmerged is None:
                     part = part.float() + layer.scale * layer.B[start : start + len(part)] @ layer.A
                 yield part
 
         entries[official] = dtype, tuple(t.shape), blocks
-        if t.dtype == torch.int8:
-            path, key = places[mine]
-            with open_safetensors(path) as file:
-                _check_slice(path, key, file.get_slice(key), t.shape, None)
     write_shards(Path(folder), entries, shard)
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(Path(folder) / "config.json", config_to_hf(model.cfg, image_token) | extra)
