@@ -88,8 +88,6 @@ def ours(folder: Path, cfg: Config, types: dict, save: str | None) -> dict:
     lap("first piece")
     (found,) = generate(model, None, prompt, features=features, vocab=len(tokenizer), decoding=decoding)
     lap("caption")
-    (found,) = generate(model, None, prompt, features=features, vocab=len(tokenizer), decoding=decoding)
-    lap("caption again")
     with torch.no_grad():
         model.image_features(image)
     lap("encode image again")
