@@ -319,10 +319,9 @@ def main(argv: list[str]) -> int:
         model = load_mblip(source, llm_dtype=llm_dtype)
     originals = (source, Path(cfg.llm)) if cfg.init == "blip2" else source  # what is held in int8 is written as it was before
     merged = cfg.int8 or cfg.lora != "none"
-    if merged and cfg.init != "random" and cfg.llm != "random":
-        llm = Path(cfg.llm) if cfg.init == "blip2" else source
-        if "quantization_config" in read_json(llm / "config.json"):
-            raise ValueError(f"{llm}: holds int8; what LoRA has learned is merged into the weights before they were rounded: start from those")
+    llm = Path(cfg.llm) if cfg.init == "blip2" else source
+    if merged and (llm / "config.json").is_file() and "quantization_config" in read_json(llm / "config.json"):
+        raise ValueError(f"{llm}: holds int8; LoRA is merged into the weights as they were before they were rounded, so start from those")
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
     if image.size != emoji.pictures.shape[1]:
