@@ -9,6 +9,7 @@ on the same machine. Ctrl-C and SIGTERM save and exit.
 """
 
 import math
+import os
 import platform
 import random
 import shutil
@@ -29,6 +30,7 @@ from nanomblip.emoji import ROOT as DATA
 from nanomblip.emoji import load_emoji
 from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
+from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
 from nanomblip.int8 import THRESHOLD, Int8Linear
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
@@ -38,7 +40,12 @@ from nanomblip.mixture import Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import digest, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip, save_merged, write_json
+from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
+                               save_merged, save_processor, save_trained, write_json)  # fmt: skip
+
+HERE = Path(__file__).resolve().parent
+LARGE = 500_000_000  # parameters, from which on --save auto writes the trained parts alone
+LARGEST_CACHE = 4_000_000_000  # bytes of what the ViT sees
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -52,11 +59,13 @@ class Config:
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
     tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
-    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --blip2, the language model of --llm, a fresh "
+    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
                               "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
-    blip2: str = flag("weights/nano/blip2", "with --init blip2: the folder that can see, made by weights/make_nano.py blip2")
-    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model's folder, made by weights/make_nano.py mt0; "
-                                        "random = fresh weights of the same size, for comparison")
+    vision: str = flag("weights/nano/blip2", "with --init blip2: the model that can see: a folder, as made by weights/make_nano.py blip2, or "
+                                             "blip2-flan-t5-xl, which is fetched (its own language model is not)")  # fmt: skip
+    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
+                                        "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
+    vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
     align: int = flag(100, "with --init blip2: first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
@@ -87,6 +96,9 @@ class Config:
     eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
     eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
     save_every: float = flag(120.0, "seconds between checkpoints")
+    save: str = flag("auto", "what is written: whole = the whole model, trained = the trained parts alone and where the bases of --init blip2 "
+                             "are; auto = trained for more than 500 million parameters", ("auto", "whole", "trained"))  # fmt: skip
+    merge: bool = flag(False, "at the end also write the whole model, LoRA merged, for transformers, to merged/ in the run's folder")
     workers: int = flag(0, "processes that prepare batches; cannot change the data")
     device: str = flag("auto", "auto, cpu or cuda")
     out: str = flag("out", "folder of all runs")
@@ -170,20 +182,22 @@ TRAINED = {
 }
 
 
-def build_mblip(blip2: Path, llm: str, llm_dtype: str | None = None) -> MBLIP:
+def base_folder(name: str, skip: str | None = None) -> Path:
+    """The folder of a base; the official ones are fetched into weights/ once. skip: as in `hub.download`."""
+    return download(name, HERE / "weights" / name, skip) if name in MODELS else Path(name)
+
+
+def build_mblip(vision: Path, llm: Path | str, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
 
-    llm: a folder in the official layout, or "random": fresh weights of nano's size; llm_dtype: as in `load_mt5`. ValueError where the
-    two do not use the same pieces: then a prompt would mean something else to each.
+    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size. Types: as in `load_mblip`.
     """
     if llm == "random":
         mt5 = MT5(PRESETS["nano"].mt5)
         mt5.init_weights()
     else:
         mt5 = load_mt5(llm, llm_dtype=llm_dtype)
-        if (Path(llm) / "spiece.model").read_bytes() != (blip2 / "spiece.model").read_bytes():
-            raise ValueError(f"--llm {llm}: its spiece.model is not the one of --blip2 {blip2}")
-    return load_vision(blip2, mt5)
+    return load_vision(vision, mt5, vision_dtype=vision_dtype)
 
 
 def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
@@ -303,8 +317,9 @@ def main(argv: list[str]) -> int:
     train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
     if cfg.lora != "none" and train != "all":
         raise ValueError(f"--lora {cfg.lora} goes with --train all, where it is trained with the rest; here --train is {train}")
-    if cfg.int8 and train == "everything":
-        raise ValueError("--int8 is for a frozen language model; --train everything trains it")
+    for flag_name, is_rounded in (("int8", cfg.int8), ("vision_dtype", cfg.vision_dtype != "fp32")):
+        if is_rounded and train == "everything":
+            raise ValueError(f"--{flag_name} is for a frozen part; --train everything trains it")
     torch.manual_seed(cfg.seed)
     llm_dtype = "int8" if cfg.int8 else None
     if cfg.init == "random":
@@ -312,26 +327,29 @@ def main(argv: list[str]) -> int:
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
     elif cfg.init == "blip2":
-        source = Path(cfg.blip2)
-        model = build_mblip(source, cfg.llm, llm_dtype)
+        vision, llm = base_folder(cfg.vision, skip="language_"), cfg.llm if cfg.llm == "random" else base_folder(cfg.llm)
+        model = build_mblip(vision, llm, cfg.vision_dtype, llm_dtype)
+        source = vision if llm == "random" else llm
     else:
-        source = Path(cfg.init)
-        model = load_mblip(source, llm_dtype=llm_dtype)
-    originals = (source, Path(cfg.llm)) if cfg.init == "blip2" else source  # what is held in int8 is written as it was before
-    merged = cfg.int8 or cfg.lora != "none"
-    llm = Path(cfg.llm) if cfg.init == "blip2" else source
-    if merged and (llm / "config.json").is_file() and "quantization_config" in read_json(llm / "config.json"):
-        raise ValueError(f"{llm}: holds int8; LoRA is merged into the weights as they were before they were rounded, so start from those")
+        source = llm = Path(cfg.init)
+        model = load_mblip(source, vision_dtype=cfg.vision_dtype, llm_dtype=llm_dtype)
+    rounded = cfg.int8 or cfg.vision_dtype != "fp32"
+    if (rounded or cfg.lora != "none") and cfg.init != "random" and llm != "random" and "quantization_config" in read_json(llm / "config.json"):
+        raise ValueError(f"{llm}: holds int8; what LoRA has learned is merged into the weights before they were rounded: start from those")
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
-    if image.size != emoji.pictures.shape[1]:
-        raise ValueError(f"--init {cfg.init}: its ViT wants pictures of {image.size}, the embedded ones have {emoji.pictures.shape[1]}")
     for layer in (m for m in model.mt5.modules() if isinstance(m, Int8Linear)):
         layer.threshold = cfg.int8_threshold
     if cfg.lora != "none":
         add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     mark_trainable(model, TRAINED[train])
     model.to(device)
+    originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source  # what is held rounded is written as it was before
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("mt5.")]
+    has_bases = isinstance(originals, tuple) and train != "everything"
+    parts_only = cfg.save == "trained" or (cfg.save == "auto" and has_bases and parameter_count(tensors_of(model)) > LARGE)
+    if parts_only and not has_bases:
+        raise ValueError("--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole")
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
     batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
     if cfg.checkpointing:
@@ -352,10 +370,16 @@ def main(argv: list[str]) -> int:
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
 
+    if parts_only:
+        fingerprint = frozen_fingerprint(model, trained, vision, llm)
+        bases = [os.path.relpath(base.resolve(), folder.resolve()) for base in (vision, llm)]
+
     def save():
         state.save(step, seconds)
-        if merged:
-            save_merged(model, folder, image_token=len(tokenizer), source=originals, languages=mix)
+        if parts_only:
+            save_trained(model, folder, trained, *bases, len(tokenizer), mix, fingerprint)
+        elif rounded or cfg.lora != "none":
+            save_merged(model, folder, len(tokenizer), originals, mix)
         else:
             save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
         if cfg.lora != "none":
@@ -367,6 +391,9 @@ def main(argv: list[str]) -> int:
           f"{sum(map(len, mixture.usable.values())):,} names; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")  # fmt: skip
     print(parts_table(model, optimizers), flush=True)
 
+    size = len(emoji.cells) * batches.views * model.cfg.vit.tokens * model.cfg.vit.width * 4
+    if size > LARGEST_CACHE:
+        raise ValueError(f"--views {cfg.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0, which runs it at every step")
     features = cache_features(model, batches, device) if batches.views else None
     loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
     validation_log = Log(folder / "validation.csv", ("step", "english_exact", "other_exact", "other_in_language"), step)
@@ -451,8 +478,12 @@ def main(argv: list[str]) -> int:
         results=results, samples=examples,
     )  # fmt: skip
     write_json(folder / "record.json", record)
+    if cfg.merge:
+        save_merged(model, folder / "merged", len(tokenizer), originals, mix)
+        save_processor(folder / "merged", folder, model.cfg.queries)
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
-          f"  python sample.py --model {folder} --image data/cat.png --lang sw")  # fmt: skip
+          f"  python sample.py --model {folder}{f' --adapter {folder}/adapter' if parts_only and cfg.lora != 'none' else ''} "
+          "--image data/cat.png --lang sw")  # fmt: skip
     return 0
 
 
