@@ -75,7 +75,7 @@ class Config:
     lora_alpha: float = flag(16.0, "LoRA's factor is alpha / r")
     lora_dropout: float = flag(0.05, "share of LoRA's input that is dropped in training")
     lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
-    int8: bool = flag(False, "hold the frozen language model in int8: a byte a number instead of four, the same loss within 1 %")
+    int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
     int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
     steps: int = flag(1500, "optimizer steps")
     batch: int = flag(64, "examples in a micro-batch")

@@ -158,7 +158,7 @@ def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeyp
         assert everything(f"cut{stop}") == everything("whole")
 
 
-ADAPTED = ["--align", "2", "--lora", "all", "--lora_dropout", "0.2", "--lora_r", "4", "--lora_lr", "0.01", "--int8"]
+ADAPTED = "--align 2 --lora all --lora_dropout 0.2 --lora_r 4 --lora_lr 0.01 --int8 --views 0 --eval_every 0".split()
 
 
 def test_lora_over_int8_learns_and_a_resumed_run_ends_with_the_same_bits(bases, monkeypatch, capsys):
@@ -171,15 +171,14 @@ def test_lora_over_int8_learns_and_a_resumed_run_ends_with_the_same_bits(bases, 
     assert rows["language model"][:3] == [f"{size:,}", "0", "bfloat16/float32/int8"] and float(rows["language model"][3]) < 4 * size / 1e6 / 1.8
     record = json.loads(Path("out/whole/record.json").read_text())
     assert record["parameters"] == sum(p.numel() for p in load_mblip("out/whole").parameters()) + count
-    for stop in (1, 2, 6):  # in the alignment, at its end, after it
+    for stop in (1, 6):  # in the alignment and after it
         with monkeypatch.context() as patch:
             stop_at(patch, stop)
             assert train.main([*flags, *ADAPTED, "--run", f"cut{stop}"]) == 128 + signal.SIGINT
         assert train.main(["--resume", f"out/cut{stop}"]) == 0
         assert everything(f"cut{stop}") == everything("whole")
-        assert Path(f"out/cut{stop}/model.safetensors").read_bytes() == Path("out/whole/model.safetensors").read_bytes()
-        one, other = (load_file(f"out/{run}/adapter/adapter_model.safetensors") for run in (f"cut{stop}", "whole"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)  # its metadata stand in any order
+        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):  # tensors only: metadata stand in any order
+            assert train.digest(load_file(f"out/cut{stop}/{name}")) == train.digest(load_file(f"out/whole/{name}"))
 
 
 def test_what_lora_has_learned_is_merged_into_the_weights_as_they_were_before_int8(bases):
@@ -198,7 +197,7 @@ def test_what_lora_has_learned_is_merged_into_the_weights_as_they_were_before_in
 
 def test_lora_alone_over_floats(bases):
     sees, reads, flags = bases
-    assert train.main([*flags, "--align", "0", "--lora", "qv", "--run", "r"]) == 0
+    assert train.main([*flags, "--align", "0", "--lora", "qv", "--views", "0", "--run", "r"]) == 0
     after, before = load_mblip("out/r").mt5, dict(reads.named_parameters())
     changed = {name.split(".")[-2] for name, p in after.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"q", "v"}
@@ -211,12 +210,12 @@ def test_with_int8_the_loss_ends_where_it_ends_without(bases):
     _, _, flags = bases
     ends = {}
     for name, more in (("float", []), ("int8", ["--int8"]), ("weights", ["--int8", "--int8_threshold", "0"])):
-        assert train.main([*flags, "--steps", "60", "--align", "0", "--lora", "all", "--lr", "0.01", "--lora_lr", "0.01", "--eval_every", "0",
-                           *more, "--run", name]) == 0  # fmt: skip
+        assert train.main([*flags, "--steps", "40", "--align", "0", "--lora", "all", "--lr", "0.01", "--lora_lr", "0.01", "--eval_every", "0",
+                           "--views", "0", *more, "--run", name]) == 0  # fmt: skip
         with open(f"out/{name}/loss.csv") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
         ends[name] = sum(losses[-10:]) / 10
-    assert losses[0] - ends["float"] > 0.5
+    assert losses[0] - ends["float"] > 0.3
     assert len(set(ends.values())) == 3 and max(ends.values()) < 1.01 * min(ends.values()), ends
 
 
@@ -234,7 +233,7 @@ def test_lora_and_int8_where_they_make_no_sense(bases, more, words):
 
 def test_a_language_model_that_is_int8_in_its_file_is_refused(bases):
     config = json.loads(Path("reads/config.json").read_text())
-    Path("reads/config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    Path("reads/config.json").write_text(json.dumps(config | {"quantization_config": dict(quant_method="bitsandbytes", load_in_8bit=True)}))
     with pytest.raises(ValueError, match="reads: holds int8"):
         train.main([*bases[2], *ADAPTED, "--run", "r"])
 
