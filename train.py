@@ -490,9 +490,9 @@ def main(argv: list[str]) -> int:
     if cfg.merge:
         save_merged(model, folder / "merged", len(tokenizer), originals, mix)
         save_processor(folder / "merged", folder, model.cfg.queries)
+    beside = f" --adapter {folder}/adapter" + " --llm_dtype int8" * cfg.int8 if parts_only and cfg.lora != "none" else ""
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
-          f"  python sample.py --model {folder}{f' --adapter {folder}/adapter' if parts_only and cfg.lora != 'none' else ''} "
-          "--image data/cat.png --lang sw")  # fmt: skip
+          f"  python sample.py --model {folder}{beside} --image data/cat.png --lang sw")
     return 0
 
 
