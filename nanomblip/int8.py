@@ -44,6 +44,7 @@ THRESHOLD = 6.0  # the paper's, section 3.2
 BLOCK = 1024  # outputs whose weights are converted at a time: a few MB, so that no float copy of a weight ever exists
 
 FEW_ROWS, PACK_AFTER = 32, 150  # a layer packs its codes when products of at most so many rows have had so many rows together
+MANY_OUTLIERS = 64  # columns
 
 _path = "fast"
 
@@ -114,6 +115,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("SCB", SCB)
         self.register_buffer("bias", bias)
         self.packed, self.short_rows = None, 0  # the codes in FBGEMM's order, instead of `weight`; rows that would have liked it
+        self.columns = {}  # see `short_product`
 
     @property
     def weight(self) -> torch.Tensor:
@@ -124,12 +126,12 @@ class Int8Linear(nn.Module):
 
     def replace(self, weight: torch.Tensor, SCB: torch.Tensor) -> None:
         """Compute with other codes and scales from now on."""
-        self.packed, self.short_rows = None, 0
+        self.packed, self.short_rows, self.columns = None, 0, {}
         self._buffers["weight"], self.SCB = weight, SCB
 
     def pack(self) -> None:
         """Keep the codes in FBGEMM's order from now on, until somebody asks for `weight`; nothing happens where FBGEMM is missing."""
-        if self.packed is None and fbgemm_halves() and self._buffers["weight"].device.type == "cpu":
+        if self.packed is None and fbgemm_halves() and self.in_features > 1 and self._buffers["weight"].device.type == "cpu":
             self.packed = pack(self._buffers["weight"])
             self._buffers["weight"] = None
 
@@ -157,8 +159,10 @@ class Int8Linear(nn.Module):
             self.short_rows += len(x)
             if self.short_rows > PACK_AFTER:
                 self.pack()
-        codes = self.packed if self.packed is not None and _path == "fast" else self.weight
-        return int8_product(x, codes, self.SCB, self.threshold)
+        if _path == "fast" and (self.packed is not None or (len(x) <= FEW_ROWS and x.device.type == "cpu")):
+            codes = self.weight if self.packed is None else self.packed
+            return short_product(x, codes, self.SCB, self.threshold, self.columns)
+        return int8_product(x, self.weight, self.SCB, self.threshold)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, threshold={self.threshold}"
@@ -193,53 +197,56 @@ def find_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
     return outlier | (2 * outlier.sum() > len(outlier))
 
 
-def int8_product(x: torch.Tensor, codes, scale: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The equation at the top, without the bias: x float (M, in), codes int8 (out, in) or packed, scale (out,) -> (M, out) in x's type."""
+def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The equation at the top, without the bias: x float (M, in), weight int8 (out, in), scale (out,) -> (M, out) in x's type."""
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
     outlier = find_outliers(x, threshold)  # (in,)
-    is_packed = not isinstance(codes, torch.Tensor)
-    if is_packed or (_path == "fast" and len(x) <= FEW_ROWS and x.device.type == "cpu"):
-        y = _product_in_one(x, outlier, codes)
+    if outlier.all():
+        y = torch.zeros(len(x), len(scale), device=x.device)  # (M, out)
     else:
-        if outlier.all():
-            y = torch.zeros(len(x), len(scale), device=x.device)  # (M, out)
-        else:
-            q, row_scale = quantize_rows(x.masked_fill(outlier, 0))  # (M, in), (M,)
-            y = code_product(q, codes).mul_((row_scale / 127)[:, None])  # (M, out)
-        if outlier.any():
-            where = outlier.nonzero()[:, 0]
-            x_out = x[:, where].float()  # (M, outliers)
-            block = max(BLOCK, 2**22 // max(x_out.shape))
-            for start in range(0, len(codes), block):
-                y[:, start : start + block].addmm_(x_out, codes[start : start + block].index_select(1, where).float().T)
+        q, row_scale = quantize_rows(x.masked_fill(outlier, 0))  # (M, in), (M,)
+        y = code_product(q, weight).mul_((row_scale / 127)[:, None])  # (M, out)
+    if outlier.any():
+        where = outlier.nonzero()[:, 0]
+        x_out = x[:, where].float()  # (M, outliers)
+        block = max(BLOCK, 2**22 // max(x_out.shape))
+        for start in range(0, len(weight), block):
+            y[:, start : start + block].addmm_(x_out, weight[start : start + block].index_select(1, where).float().T)
     return y.mul_(scale / 127).to(x.dtype)
 
 
-def _product_in_one(x, outlier, codes):
-    """The same, but for the scales, where taking the outliers' columns out of the codes would take longer than the product itself, or is
-    impossible because these are packed: (M, out) float32.
+def short_product(x: torch.Tensor, codes, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]) -> torch.Tensor:
+    """`int8_product` for few rows or packed codes. There, to take the outliers' columns out of the codes takes longer than the product
+    itself, or is impossible.
 
-    Either the product itself fetches the columns, by one row more for each, which is 1 there and 0 elsewhere. Or, if that would be more
-    rows, x is said in three int8 digits, each the rounded rest of what the digits before could not say: half a 127^3th of a row's
-    largest number is as exact as fp32.
+    As these are always the same few columns, they are kept in `columns`. Those that are not there yet the product fetches, by a row for
+    each, which is 1 there and 0 elsewhere. If it is many columns, x is instead said in three int8 digits, each the rounded rest of what
+    the digits before could not say: half a 127^3th of a row's largest number is as exact as fp32.
     """
-    fetch = outlier.sum() <= 3 * len(x)
+    if len(x) == 0:
+        return x.new_zeros(0, len(scale))
+    product = lambda q: code_product(q, codes) if isinstance(codes, torch.Tensor) else _fbgemm_product(q, codes, fbgemm_halves())
+    outlier = find_outliers(x, threshold)  # (in,)
+    where = outlier.nonzero()[:, 0]
     parts = [quantize_rows(x.masked_fill(outlier, 0))]  # pairs of codes and row scales
-    x_out = x.float().masked_fill(~outlier, 0)
-    if fetch:
-        one = F.one_hot(outlier.nonzero()[:, 0], len(outlier)).to(torch.int8)  # (outliers, in)
-        parts.append((one, x_out.new_full((len(one),), 127.0)))
-    else:
-        rest = x_out
+    if len(where) > MANY_OUTLIERS:
+        rest = x.float().masked_fill(~outlier, 0)
         for _ in range(3):
             q, row_scale = quantize_rows(rest)
             parts.append((q, row_scale))
             rest = rest - q * (row_scale / 127)[:, None]
     q, row_scale = (torch.cat(tensors) for tensors in zip(*parts))
-    y = code_product(q, codes) if isinstance(codes, torch.Tensor) else _fbgemm_product(q, codes, fbgemm_halves())
-    y.mul_((row_scale / 127)[:, None])
-    return y[: len(x)].addmm_(x_out[:, outlier], y[len(x) :]) if fetch else sum(y.split(len(x)))
+    y = sum(product(q).mul_((row_scale / 127)[:, None]).split(len(x)))  # (M, out)
+    if 0 < len(where) <= MANY_OUTLIERS:
+        new = torch.tensor([i for i in where.tolist() if i not in columns], dtype=torch.long)
+        if len(columns) + len(new) > 4 * MANY_OUTLIERS:
+            columns.clear()
+            new = where
+        if len(new):
+            columns |= zip(new.tolist(), product(F.one_hot(new, len(outlier)).to(torch.int8)).to(torch.int8))
+        y.addmm_(x[:, where].float(), torch.stack([columns[i] for i in where.tolist()]).float())
+    return y.mul_(scale / 127).to(x.dtype)
 
 
 def code_product(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -300,16 +307,15 @@ def unpack(packed) -> torch.Tensor:
 def _fbgemm_product(q, packed, halves: int):
     """q int8 (M, in) times packed codes: float32 (M, out), the exact sums.
 
-    FBGEMM takes floats and rounds them to 256 steps between the smallest and the largest of them all. Two more rows see to it that these
+    FBGEMM takes floats and rounds them to 256 steps between the smallest and the largest of them all. One more row sees to it that these
     steps are the whole numbers, so that codes stay what they are.
     """
-    q = q.float()
     low, high = (-127.0, 128.0) if halves == 1 else (0.0, 255.0)
-    if halves == 2:
-        q = torch.cat([q.clamp(min=0), (-q).clamp(min=0)])
-    ends = q.new_tensor([[low], [high]]).expand(2, q.shape[1])
-    y = torch.ops.quantized.linear_dynamic(torch.cat([q, ends]), packed)[:-2]
-    return y if halves == 1 else y[: len(y) // 2] - y[len(y) // 2 :]
+    rows = torch.cat([q.float()] if halves == 1 else [q.clamp(min=0).float(), (-q).clamp(min=0).float()])
+    ends = rows.new_zeros(1, rows.shape[1])
+    ends[0, 0], ends[0, 1] = low, high
+    y = torch.ops.quantized.linear_dynamic(torch.cat([rows, ends]), packed)[:-1]
+    return y if halves == 1 else y[: len(q)] - y[len(q) :]
 
 
 @lru_cache
