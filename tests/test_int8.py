@@ -70,17 +70,17 @@ def test_a_layer_from_ready_codes_and_scales():
 
 # ------------------------------------------------------------------------------------------- every path is the reference
 
-OUTLIERS = {"none": (), "few": (3, 40), "many": range(64)}
+OUTLIERS = {"none": (), "few": (3, 40), "many": range(100), "most": range(1200)}
 
 
 @pytest.mark.parametrize("outliers", OUTLIERS)
 @pytest.mark.parametrize("threshold", [6.0, 0.0])
 @pytest.mark.parametrize("rows", [1, 5, 33, 100])
 def test_every_path_is_the_reference(monkeypatch, rows, threshold, outliers):
-    x, linear = tensors(rows, width=64 if outliers == "many" else 2100, out=1100, outliers=OUTLIERS[outliers])
+    x, linear = tensors(rows, width=2100, out=1100, outliers=OUTLIERS[outliers])
     with int8_path("reference"):
         exact = Int8Linear(linear, threshold)(x)
-    close = lambda y: torch.equal(y, exact) if threshold and outliers == "none" else torch.allclose(y, exact, rtol=1e-5, atol=1e-5)
+    close = lambda y: torch.equal(y, exact) if threshold and outliers == "none" else (y - exact).abs().max() < 2e-6 * exact.abs().max()
     assert close(Int8Linear(linear, threshold)(x))
     packed = Int8Linear(linear, threshold)
     packed.pack()
@@ -126,7 +126,7 @@ def test_worst_cases_are_counted_correctly():
         q, weight = worst(K)
         exact = (q.int() @ weight.int().T).float()
         assert torch.equal(int8.code_product(q, weight), exact) and torch.equal(int8._float_product(q, weight).float(), exact)
-        if int8.fbgemm_halves() == 1:
+        if int8.fbgemm_halves() == 1 and K > 1:
             assert torch.equal(int8._fbgemm_product(q, int8.pack(weight), 1), exact)
 
 
