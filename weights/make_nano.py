@@ -64,7 +64,8 @@ class Config:
 
 # Instructions for text; {x} is a name in some language, {L} the language wanted. The last two are what re-alignment will
 # use: mBLIP's own prompts, behind a description instead of behind a picture.
-TRANSLATE = {"{x} in {L}:": 8, "{x}. {caption}": 2, "Translate to {L}: {x}": 1, "What is the {L} word for {x}?": 1, "{x}. {naming}": 1}
+TRANSLATE = {"{x} in {L}:": 9, "Translate to {L}: {x}": 1, "{x}. {caption}": 2, "{x}. {naming}": 1}
+LONG = 14  # pieces: keywords and running text have longer prompts than the translation of a name
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
@@ -130,11 +131,12 @@ class Texts:
     def pool(self, number: int, batch: int) -> list[tuple]:
         """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,)).
 
-        Sorted by the target's length, then each sixteenth by the prompt's: without that, padding doubles the encoder's work.
+        Short and long prompts apart, sorted by the target's length, then each sixteenth by the prompt's: without that, padding
+        doubles the encoder's work.
         """
         rng = random.Random(f"{self.seed}/text/{number}")
         drawn = rng.choices(range(len(self.pairs)), self.loss.clamp(FLOOR, 1.0).tolist(), k=POOL * batch)
-        rows = sorted((self.example(rng, pair) for pair in drawn), key=lambda row: len(row[1]))
+        rows = sorted((self.example(rng, pair) for pair in drawn), key=lambda row: (len(row[0]) > LONG, len(row[1])))
         share = POOL * batch // 16
         rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[0]))]
         parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
@@ -284,10 +286,10 @@ class MakeMT0:
         return self.texts.pool(number, batch)
 
     def loss(self, done, prompt, labels, pair):
-        losses = caption_losses(self.model, self.model.embed(prompt), prompt != Tokenizer.pad, labels)
+        loss, losses = caption_loss(self.model, self.model.embed(prompt), prompt != Tokenizer.pad, labels)
         real = labels != -100
-        self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses.detach()).sum(1) / real.sum(1))
-        return losses.mean()
+        self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses).sum(1) / real.sum(1))
+        return loss
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
         return exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
@@ -338,7 +340,7 @@ class MakeBLIP2:
         visual = self.model.image_tokens(features)  # (B, Q, D)
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
         text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
-        return caption_losses(self.model.mt5, text, mask, labels).mean()
+        return caption_loss(self.model.mt5, text, mask, labels)[0]
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
         """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier."""
@@ -358,12 +360,44 @@ class MakeBLIP2:
         write_json(out / "preprocessor_config.json", self.image.to_hf())
 
 
-def caption_losses(mt5: MT5, embedded, mask, labels) -> torch.Tensor:
-    """Cross-entropy of each real label in nats: embedded float (B, L, D), mask bool (B, L), labels long (B, T) -> (pieces,)."""
+def caption_loss(mt5: MT5, embedded, mask, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the real labels: embedded float (B, L, D), mask bool (B, L), labels long (B, T) -> its mean, and each (pieces,)."""
     real = labels != -100
     hidden = mt5.decoder(mt5.embed(mt5.shift_right(labels)), mt5.encode(embedded, mask), mask)  # (B, T, D)
-    logits = mt5.lm_head(hidden[real]).float()  # (pieces, V): the head sees real places only
-    return F.cross_entropy(logits, labels[real], reduction="none")
+    return HeadLoss.apply(hidden[real], mt5.lm_head.weight, labels[real])  # the head sees real places only
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and its cross-entropy, 256 pieces at a time: the (pieces, V) logits never exist as a whole.
+
+    They and their gradients would be the largest tensors of a step by far, and writing memory that is not in the cache costs
+    more here than the matrix products do: a step of `mt0` takes two thirds of the time. hidden float (P, D), weight (V, D), labels long (P,) ->
+    the mean in nats, which has a gradient, and the single losses (P,), which have none.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else hidden.dtype
+        x, w = hidden.to(dtype), weight.to(dtype)
+        dx, dw, losses = torch.empty_like(x), torch.zeros_like(weight), torch.empty(len(x))
+        for i in range(0, len(x), 256):
+            part, label = x[i : i + 256], labels[i : i + 256]
+            logits = (part @ w.T).float()  # (256, V)
+            logits -= logits.logsumexp(1, keepdim=True)
+            losses[i : i + 256] = -logits.gather(1, label[:, None])[:, 0]
+            grad = logits.exp_()  # softmax - one-hot, the gradient of cross-entropy by the logits
+            grad[torch.arange(len(label)), label] -= 1
+            grad = (grad / len(x)).to(dtype)
+            dx[i : i + 256] = grad @ w
+            dw += grad.T @ part
+        ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(losses)
+        return losses.mean(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None
 
 
 def keep_trained(run: Path, out: Path) -> None:
