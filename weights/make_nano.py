@@ -69,6 +69,7 @@ LONG = 14  # pieces: keywords and running text have longer prompts than the tran
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
+NOISE = 2.0  # largest deviation of noise on an embedded name (pieces have 1): a picture's vectors will never be as exact as a table's
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
@@ -90,11 +91,12 @@ class Texts:
         self.loss = torch.ones(len(self.pairs))
         self.paragraphs = [text for texts in load_udhr().values() for text in texts]
 
-    def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int]:
-        """Prompt ids, target ids, and the pair whose name is the target (-1: none)."""
+    def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int, int]:
+        """Prompt ids, target ids, the pair whose name is the target (-1: none), and how many pieces a name takes at the prompt's start."""
         kind = rng.randrange(20)
         if kind == 0:
-            return *self.spans(rng), -1
+            return *self.spans(rng), -1, 0
+        first = 0
         lang, concept = self.pairs[pair]
         L, name, words = LANGUAGES[lang].name, self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
         if kind == 1 and words:
@@ -109,7 +111,8 @@ class Texts:
             more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
             (template,) = rng.choices(list(TRANSLATE), TRANSLATE.values())
             prompt, target = template.format(L=L, x=x, **more), name
-        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair
+            first = len(self.tokenizer.encode(x)) - 1 if template.startswith("{x}") else 0
+        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair, first
 
     def spans(self, rng: random.Random):
         """Span corruption: hidden spans become sentinels, counted down from the last row of the matrix as in mT5."""
@@ -129,7 +132,9 @@ class Texts:
         return [*prompt, Tokenizer.eos], [*target, sentinel, Tokenizer.eos]
 
     def pool(self, number: int, batch: int) -> list[tuple]:
-        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,)).
+        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise float (B, S, 1), seed).
+
+        noise: the deviation of what is to be added to the embedded prompt: on half of the names at its start, up to NOISE. seed: of that.
 
         Short and long prompts apart, sorted by the target's length, then each sixteenth by the prompt's: without that, padding
         doubles the encoder's work.
@@ -141,8 +146,14 @@ class Texts:
         rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[0]))]
         parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         rng.shuffle(parts)
-        return [(pad_rows([p for p, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _ in part], -100),
-                 torch.tensor([pair for _, _, pair in part])) for part in parts]  # fmt: skip
+        batches = []
+        for part in parts:
+            prompt, labels = pad_rows([p for p, _, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _, _ in part], -100)
+            first = torch.tensor([first for _, _, _, first in part])
+            deviation = torch.tensor([rng.uniform(-NOISE, NOISE) for _ in part]).clamp(min=0)  # (B,)
+            noise = deviation[:, None] * (torch.arange(prompt.shape[1]) < first[:, None])  # (B, S)
+            batches.append((prompt, labels, torch.tensor([pair for _, _, pair, _ in part]), noise[:, :, None], rng.getrandbits(60)))
+        return batches
 
     def note(self, pair: torch.Tensor, loss: torch.Tensor) -> None:
         """Update the running losses: pair long (B,), loss float (B,)."""
@@ -285,8 +296,10 @@ class MakeMT0:
     def pool(self, number, batch, done):
         return self.texts.pool(number, batch)
 
-    def loss(self, done, prompt, labels, pair):
-        loss, losses = caption_loss(self.model, self.model.embed(prompt), prompt != Tokenizer.pad, labels)
+    def loss(self, done, prompt, labels, pair, noise, seed):
+        embedded = self.model.embed(prompt)  # (B, S, D)
+        embedded = embedded + noise * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))
+        loss, losses = caption_loss(self.model, embedded, prompt != Tokenizer.pad, labels)
         real = labels != -100
         self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses).sum(1) / real.sum(1))
         return loss
