@@ -9,6 +9,7 @@ on the same machine. Ctrl-C and SIGTERM save and exit.
 """
 
 import math
+import os
 import platform
 import random
 import shutil
@@ -29,6 +30,7 @@ from nanomblip.emoji import ROOT as DATA
 from nanomblip.emoji import load_emoji
 from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
+from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.mblip import MBLIP, PRESETS
@@ -36,7 +38,10 @@ from nanomblip.mixture import Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import digest, load_mblip, load_mt5, read_json, save_mblip, write_json
+from nanomblip.weights import DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_mblip, save_merged, save_processor, save_trained, write_json
+
+HERE = Path(__file__).resolve().parent
+LARGE = 500_000_000  # parameters, from which on --save auto writes the trained parts alone
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -50,11 +55,13 @@ class Config:
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
     tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
-    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --blip2, the language model of --llm, a fresh "
+    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
                               "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
-    blip2: str = flag("weights/nano/blip2", "with --init blip2: the folder that can see, made by weights/make_nano.py blip2")
-    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model's folder, made by weights/make_nano.py mt0; "
-                                        "random = fresh weights of the same size, for comparison")
+    vision: str = flag("weights/nano/blip2", "with --init blip2: the model that can see: a folder, as made by weights/make_nano.py blip2, or "
+                                             "blip2-flan-t5-xl, which is fetched (its own language model is not)")  # fmt: skip
+    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
+                                        "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
+    vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
     align: int = flag(100, "with --init blip2: first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
@@ -78,6 +85,9 @@ class Config:
     eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
     eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
     save_every: float = flag(120.0, "seconds between checkpoints")
+    save: str = flag("auto", "what is written: whole = the whole model, trained = the trained parts alone and where the bases of --init blip2 "
+                             "are; auto = trained for more than 500 million parameters", ("auto", "whole", "trained"))  # fmt: skip
+    merge: bool = flag(False, "at the end also write the whole model, LoRA merged, for transformers, to merged/ in the run's folder")
     workers: int = flag(0, "processes that prepare batches; cannot change the data")
     device: str = flag("auto", "auto, cpu or cuda")
     out: str = flag("out", "folder of all runs")
@@ -137,22 +147,22 @@ TRAINED = {
 }
 
 
-def build_mblip(blip2: Path, llm: str) -> MBLIP:
+def base_folder(name: str, skip: str | None = None) -> Path:
+    """The folder of a base; the official ones are fetched into weights/ once. skip: as in `hub.download`."""
+    return download(name, HERE / "weights" / name, skip) if name in MODELS else Path(name)
+
+
+def build_mblip(vision: Path, llm: Path | str, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
 
-    llm: a folder in the official layout, or "random": fresh weights of nano's size. ValueError where the two do not use the same
-    pieces: then a prompt would mean something else to each.
+    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size.
     """
-    model = load_mblip(blip2)
     if llm == "random":
         mt5 = MT5(PRESETS["nano"].mt5)
         mt5.init_weights()
     else:
-        mt5 = load_mt5(llm)
-        if (Path(llm) / "spiece.model").read_bytes() != (blip2 / "spiece.model").read_bytes():
-            raise ValueError(f"--llm {llm}: its spiece.model is not the one of --blip2 {blip2}")
-    model.exchange_language_model(mt5)
-    return model
+        mt5 = load_mt5(llm, llm_dtype=llm_dtype)
+    return load_vision(vision, mt5, vision_dtype=vision_dtype)
 
 
 def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
@@ -270,18 +280,23 @@ def main(argv: list[str]) -> int:
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
     elif cfg.init == "blip2":
-        source = Path(cfg.blip2)
-        model = build_mblip(source, cfg.llm)
+        vision, llm = base_folder(cfg.vision, skip="language_"), cfg.llm if cfg.llm == "random" else base_folder(cfg.llm)
+        model = build_mblip(vision, llm, cfg.vision_dtype)
+        source = vision if llm == "random" else llm
     else:
         source = Path(cfg.init)
-        model = load_mblip(source)
+        model = load_mblip(source, vision_dtype=cfg.vision_dtype)
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
-    if image.size != emoji.pictures.shape[1]:
-        raise ValueError(f"--init {cfg.init}: its ViT wants pictures of {image.size}, the embedded ones have {emoji.pictures.shape[1]}")
     train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
+    if "ViT" in TRAINED[train] and cfg.vision_dtype != "fp32":
+        raise ValueError(f"--vision_dtype {cfg.vision_dtype}: with --train everything the ViT is trained, which wants fp32")
     mark_trainable(model, TRAINED[train])
     model.to(device)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("mt5.")]
+    parts_only = cfg.save == "trained" or (cfg.save == "auto" and cfg.init == "blip2" and sum(t.numel() for t in model.state_dict().values()) > LARGE)
+    if parts_only and (cfg.init != "blip2" or cfg.llm == "random" or train == "everything"):
+        raise ValueError("--save trained: goes with --init blip2 and two folders as bases; give --save whole")
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
     batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
     if cfg.checkpointing:
@@ -302,9 +317,16 @@ def main(argv: list[str]) -> int:
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
 
+    if parts_only:
+        fingerprint = frozen_fingerprint(model, trained, vision, llm)
+        bases = [os.path.relpath(base.resolve(), folder.resolve()) for base in (vision, llm)]
+
     def save():
         state.save(step, seconds)
-        save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
+        if parts_only:
+            save_trained(model, folder, trained, *bases, len(tokenizer), mix, fingerprint)
+        else:
+            save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
@@ -396,6 +418,9 @@ def main(argv: list[str]) -> int:
         results=results, samples=examples,
     )  # fmt: skip
     write_json(folder / "record.json", record)
+    if cfg.merge:
+        save_merged(model, folder / "merged", len(tokenizer), (vision, llm) if cfg.init == "blip2" and llm != "random" else source, mix)
+        save_processor(folder / "merged", folder, model.cfg.queries)
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
           f"  python sample.py --model {folder} --image data/cat.png --lang sw")  # fmt: skip
     return 0

@@ -10,10 +10,11 @@ import unicodedata
 from collections import Counter, defaultdict
 
 import torch
+from PIL import Image
 
 from nanomblip.emoji import TEST_ARTISTS, Emoji, pair_split, unit_hash
 from nanomblip.generate import Decoding, generate
-from nanomblip.image import ImageConfig, array_to_tensor
+from nanomblip.image import ImageConfig, image_to_tensor
 from nanomblip.languages import LANGUAGES, resource_group, script_group
 from nanomblip.mblip import MBLIP
 from nanomblip.mixture import EVAL_PROMPT
@@ -107,8 +108,8 @@ def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji,
     device = model.queries.device
     pictures = sorted({p for p, _ in items})
     row = {p: i for i, p in enumerate(pictures)}
-    features = torch.cat([model.image_features(array_to_tensor(emoji.pictures[pictures[i : i + batch]], image)[:, None].to(device))
-                          for i in range(0, len(pictures), batch)])  # (P, 1, N, Dv)  # fmt: skip
+    look = lambda some: torch.stack([image_to_tensor(Image.fromarray(emoji.pictures[p]), image) for p in some])[:, None]
+    features = torch.cat([model.image_features(look(pictures[i : i + batch]).to(device)) for i in range(0, len(pictures), batch)])  # (P, 1, N, Dv)
     answers = []
     for i in range(0, len(items), batch):
         part = items[i : i + batch]

@@ -1,11 +1,15 @@
 """int8.py against bitsandbytes, against the unrounded product, and with LoRA around it."""
 
+import copy
+import ctypes
+
 import pytest
 import torch
 import torch.nn as nn
 from test_lora import model, run
 
-from nanomblip.int8 import Int8Linear, int8_product, quantize_linears, quantize_rows
+from nanomblip import int8
+from nanomblip.int8 import Int8Linear, int8_path, int8_product, quantize_linears, quantize_rows
 from nanomblip.lora import add_lora, lora_layers, merge_lora
 from nanomblip.weights import digest
 
@@ -48,6 +52,139 @@ def test_the_error_is_no_worse_than_that_of_bitsandbytes(bnb, rows, outliers):
                 theirs.append(error(layer.to("cpu").train(train)(x.half()).float(), exact))
                 ours.append(error(Int8Linear(linear, threshold)(x), exact))
         assert sum(ours) <= sum(theirs) * 1.01 and max(ours) < 0.01
+
+
+def test_a_layer_from_ready_codes_and_scales():
+    x, linear = tensors()
+    made = Int8Linear(linear)
+    layer = Int8Linear.from_tensors(made.weight, made.SCB, made.bias)
+    assert torch.equal(layer(x), made(x)) and layer.weight is made.weight and layer.threshold == 6.0
+    assert str(layer) == str(made) and list(layer.state_dict()) == list(made.state_dict()) == ["weight", "SCB", "bias"]
+    for bad, message in (((made.weight.float(), made.SCB), "weight is int8"), ((made.weight[0], made.SCB), "weight is int8"),
+                         ((made.weight, made.SCB.half()), "SCB is float32"), ((made.weight, made.SCB[:5]), "SCB is float32"),
+                         ((made.weight, -made.SCB), "negative"), ((made.weight, made.SCB * float("nan")), "not finite"),
+                         ((made.weight, made.SCB, made.bias[:5]), "bias is float"), ((made.weight, made.SCB, None, -1.0), "threshold")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Int8Linear.from_tensors(*bad)
+
+
+# ------------------------------------------------------------------------------------------- every path is the reference
+
+OUTLIERS = {"none": (), "few": (3, 40), "many": range(64)}
+
+
+@pytest.mark.parametrize("outliers", OUTLIERS)
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+@pytest.mark.parametrize("rows", [1, 5, 33, 100])
+def test_every_path_is_the_reference(monkeypatch, rows, threshold, outliers):
+    x, linear = tensors(rows, width=64 if outliers == "many" else 2100, out=1100, outliers=OUTLIERS[outliers])
+    with int8_path("reference"):
+        exact = Int8Linear(linear, threshold)(x)
+    close = lambda y: torch.equal(y, exact) if threshold and outliers == "none" else torch.allclose(y, exact, rtol=1e-5, atol=1e-5)
+    assert close(Int8Linear(linear, threshold)(x))
+    packed = Int8Linear(linear, threshold)
+    packed.pack()
+    assert close(packed(x))
+    monkeypatch.setattr(int8, "has_int_mm", lambda: False)
+    assert close(Int8Linear(linear, threshold)(x))
+    if int8.fbgemm_halves():
+        assert packed.packed is not None
+        monkeypatch.setattr(int8, "fbgemm_halves", lambda: 2)
+        assert close(packed(x))
+
+
+def worst(K):
+    """Codes whose sums overflow 16 bits soonest."""
+    q = torch.full((3, K), 127, dtype=torch.int8)
+    q[1] = -127
+    q[2, ::2] = -127
+    return q, torch.full((40, K), 127, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("isa", [1, 2])  # AVX2, and AVX-512 without VNNI
+def test_without_vnni_fbgemm_counts_in_halves(isa):
+    try:
+        force = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so")._ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE
+    except (OSError, AttributeError):
+        pytest.skip("this torch has no FBGEMM, or does not let its instruction set be chosen")
+    if isa == 2 and not torch.cpu._is_avx512_supported():
+        pytest.skip("no AVX-512 here")
+    force(isa)
+    int8.fbgemm_halves.cache_clear()
+    try:
+        assert int8.fbgemm_halves() == 2
+        q, weight = worst(512)
+        assert torch.equal(int8._fbgemm_product(q, int8.pack(weight), 2), (q.int() @ weight.int().T).float())
+        assert not torch.equal(int8._fbgemm_product(q, int8.pack(weight), 1), (q.int() @ weight.int().T).float())
+    finally:
+        force(0)
+        int8.fbgemm_halves.cache_clear()
+
+
+def test_worst_cases_are_counted_correctly():
+    for K in (1, 2, 1023, 1024, 1025, 5120):
+        q, weight = worst(K)
+        exact = (q.int() @ weight.int().T).float()
+        assert torch.equal(int8.code_product(q, weight), exact) and torch.equal(int8._float_product(q, weight).float(), exact)
+        if int8.fbgemm_halves() == 1:
+            assert torch.equal(int8._fbgemm_product(q, int8.pack(weight), 1), exact)
+
+
+def test_the_product_of_bitsandbytes_is_called_as_it_wants_to_be(bnb):
+    q, weight = worst(64)  # on CUDA; its own CPU version takes the same arguments
+    assert torch.equal(int8._bitsandbytes_product(q, weight), (q.int() @ weight.int().T).to(torch.int32))
+
+
+def test_where_an_operator_is_missing_the_result_is_the_same(monkeypatch):
+    x, linear = tensors(outliers=(3,))
+    exact = Int8Linear(linear)(x)
+    monkeypatch.delattr(torch, "_int_mm")
+    monkeypatch.delattr(torch, "_make_per_tensor_quantized_tensor")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    for ask in (int8.has_int_mm, int8.fbgemm_halves, int8.has_bf16):
+        ask.cache_clear()
+    try:
+        layer = Int8Linear(linear)
+        for _ in range(int8.PACK_AFTER + 5):
+            assert torch.allclose(layer(x), exact, atol=1e-6)
+        assert not int8.has_int_mm() and not int8.fbgemm_halves() and not int8.has_bf16() and layer.packed is None
+    finally:
+        for ask in (int8.has_int_mm, int8.fbgemm_halves, int8.has_bf16):
+            ask.cache_clear()
+
+
+@pytest.mark.skipif(not int8.fbgemm_halves(), reason="no FBGEMM here")
+def test_a_layer_packs_its_codes_when_it_writes_and_gives_them_back_when_asked():
+    x, linear = tensors()
+    layer, codes = Int8Linear(linear), Int8Linear(linear).weight
+    before = layer(x)
+    for _ in range(int8.PACK_AFTER):
+        assert torch.equal(layer(x), before)
+    assert layer.packed is not None and layer._buffers["weight"] is None  # a byte a number still
+    assert torch.equal(layer(x), before) and torch.equal(layer(x.repeat(30, 1))[:5], before)
+    with int8_path("reference"):
+        assert torch.equal(layer(x), before)
+    assert layer.packed is None and torch.equal(layer.weight, codes)
+    for use in (lambda: layer.state_dict()["weight"], lambda: copy.deepcopy(layer).weight, lambda: layer.float().weight, lambda: layer.weight):
+        layer.pack()
+        assert layer.packed is not None and torch.equal(use(), codes)
+    x.requires_grad_()
+    for _ in range(2 * int8.PACK_AFTER):  # who learns asks for the weight at each step, so it is not packed
+        layer(x).sum().backward()
+    assert layer.packed is None
+    layer.pack()
+    y = layer(x)
+    assert layer.packed is not None and torch.equal(y, before)
+    y.sum().backward()
+    assert layer.packed is None
+
+
+def test_a_path_has_a_name():
+    with pytest.raises(ValueError, match="'quick'"), int8_path("quick"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ properties
 
 
 def test_half_a_step_a_row_at_most():
@@ -93,6 +230,11 @@ def test_gradients_reach_the_input_through_the_frozen_weight():
         (layer(x) * torch.arange(48.0)).sum().backward()
         assert torch.allclose(x.grad, (torch.arange(48.0) @ layer.dequantized()).expand_as(x), rtol=1e-4, atol=1e-3)
         assert not list(layer.parameters())
+    many, weight = torch.randn(100, 1500), torch.randint(-127, 128, (1500, 64), dtype=torch.int8)  # many rows may go in bf16
+    fast = int8.input_gradient(many, weight, torch.ones(1500))
+    with int8_path("reference"):
+        exact = int8.input_gradient(many, weight, torch.ones(1500))
+    assert error(fast, exact) < (3e-3 if int8.has_bf16() else 1e-6)
 
 
 def test_zero_rows_and_an_empty_batch():
@@ -104,7 +246,13 @@ def test_zero_rows_and_an_empty_batch():
     x[1] = 0
     y = layer(x)
     assert y.isfinite().all() and torch.equal(y[1], linear.bias) and y[0, 3] == linear.bias[3]
-    assert layer(torch.zeros(0, 64)).shape == (0, 48) and layer(torch.zeros(2, 0, 64)).shape == (2, 0, 48)
+    layer.pack()
+    assert torch.equal(layer(x), y)
+    for layer in (layer, Int8Linear(linear), Int8Linear(linear, 0.0)):
+        assert layer(torch.zeros(0, 64)).shape == (0, 48) and layer(torch.zeros(2, 0, 64)).shape == (2, 0, 48)
+        empty = torch.zeros(0, 64, requires_grad=True)
+        layer(empty).sum().backward()
+        assert empty.grad.shape == (0, 64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
@@ -123,6 +271,14 @@ def test_other_bad_input():
         x[1, 1] = bad
         with pytest.raises(ValueError, match="not finite"):
             quantize_rows(x)
+        for threshold in (6.0, 0.0):
+            layer = Int8Linear(linear, threshold)
+            with pytest.raises(ValueError, match="1 of 64 inputs hold a number that is not finite"):
+                layer(x)
+            layer.pack()
+            with pytest.raises(ValueError, match="1 of 64 inputs hold a number that is not finite"):
+                layer(x)
+    assert quantize_rows(torch.tensor([[1e-40, 0.0]]))[0].eq(0).all()  # 127 / 1e-40 is infinite
     for threshold in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="threshold"):
             Int8Linear(linear, threshold)

@@ -135,7 +135,7 @@ def bases():
     save_mt5(reads, Path("reads"))
     for folder in ("sees", "reads"):
         shutil.copyfile(train.DATA / "spiece.model", f"{folder}/spiece.model")
-    return sees, reads, [*FLAGS, "--init", "blip2", "--blip2", "sees", "--llm", "reads", "--views", "1"]
+    return sees, reads, [*FLAGS, "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1"]
 
 
 def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeypatch):
@@ -157,16 +157,34 @@ def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeyp
         assert everything(f"cut{stop}") == everything("whole")
 
 
-def test_a_language_model_with_other_pieces_is_refused(bases):
+def test_the_tokenizer_is_that_of_the_language_model(bases):
+    """A BLIP-2 brings the tokenizer of an English T5, which has nothing to say here."""
     sees, reads, flags = bases
-    Path("reads/spiece.model").write_bytes(b"other pieces")
-    with pytest.raises(ValueError, match="spiece.model is not the one"):
-        train.main([*flags, "--run", "r"])
+    Path("sees/spiece.model").write_bytes(b"other pieces")
+    assert train.main([*flags, "--run", "r1"]) == 0
+    assert Path("out/r1/spiece.model").read_bytes() == Path("reads/spiece.model").read_bytes()
     Path("reads/spiece.model").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="spiece.model"):
         train.main([*flags, "--run", "r2"])
+    shutil.copyfile(train.DATA / "spiece.model", "sees/spiece.model")
     assert train.main([*flags[:-3], "random", "--run", "r3"]) == 0
     assert load_mblip("out/r3").mt5.cfg == SMALL.mt5
+
+
+def test_trained_parts_alone_and_the_merged_whole(bases):
+    """With the ViT in int8, too; the merged folder has the ViT of the file, not of the rounded one."""
+    sees, reads, flags = bases
+    assert train.main([*flags, "--save", "trained", "--merge", "--vision_dtype", "int8", "--run", "r"]) == 0
+    model, merged = load_mblip("out/r"), load_mblip("out/r/merged")
+    assert train.digest(dict(merged.vit.named_parameters())) == train.digest(dict(sees.vit.named_parameters()))
+    for name, p in merged.named_parameters():
+        trained = not name.startswith(("vit.", "mt5."))
+        assert torch.equal(p.half().float() if trained else p, model.get_parameter(name)), name
+    assert Path("out/r/model.safetensors").stat().st_size < 0.2 * Path("out/r/merged/model.safetensors").stat().st_size
+    assert json.loads(Path("out/r/config.json").read_text())["bases"]["vision"] == "../../sees"
+    for wrong in (["--save", "trained", "--init", "out/r/merged"], ["--save", "trained", "--llm", "random"], ["--vision_dtype", "int8", "--train", "everything"]):
+        with pytest.raises(ValueError, match="--save|--vision_dtype"):
+            train.main([*flags, *wrong, "--run", "w"])
 
 
 def test_a_log_is_whole_on_disk_as_soon_as_it_is_open():
