@@ -1,8 +1,8 @@
 """Train nanomblip: `python train.py --lang_mix all`.
 
 Reads top to bottom: config, data, model, what is trained, the loop, evaluation, record. Everything a run makes goes to
-out/<run>/: the model in the official layout (config.json, model.safetensors, preprocessor_config.json, spiece.model),
-loss.csv and validation.csv, state.safetensors (to go on from), train.json (the config) and record.json (the results).
+out/<run>/: the model in the official layout (config.json, model.safetensors, preprocessor_config.json, spiece.model; with --lora the
+LoRA merged into it, in floats also with --int8, and the LoRA alone in adapter/, as `peft` writes it), loss.csv and validation.csv, state.safetensors (to go on from), train.json (the config) and record.json (the results).
 
 Every random choice is a function of (seed, step), so `--resume out/<run>` ends with the same bits as an uninterrupted run
 on the same machine. Ctrl-C and SIGTERM save and exit.
@@ -32,13 +32,16 @@ from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
+from nanomblip.int8 import THRESHOLD, Int8Linear
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
+from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_mblip, save_merged, save_processor, save_trained, write_json
+from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
+                               save_merged, save_processor, save_trained, write_json)  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 LARGE = 500_000_000  # parameters, from which on --save auto writes the trained parts alone
@@ -66,6 +69,13 @@ class Config:
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
+    lora: str = flag("none", "layers of the language model that get LoRA: all (as in the paper), qv, or none", ("all", "qv", "none"))
+    lora_r: int = flag(8, "LoRA's rank")
+    lora_alpha: float = flag(16.0, "LoRA's factor is alpha / r")
+    lora_dropout: float = flag(0.05, "share of LoRA's input that is dropped in training")
+    lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
+    int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
+    int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
     steps: int = flag(1500, "optimizer steps")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
@@ -100,9 +110,17 @@ class Config:
             value = getattr(self, name)
             if not low <= value < 2**63:  # written so that nan fails too
                 raise ValueError(f"--{name} {value}: at least {low}, below 2**63")
-        for name in ("lr", "muon_lr", "clip"):
+        for name in ("lr", "muon_lr", "lora_lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
+        try:
+            check_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
+        except ValueError as error:
+            raise ValueError(f"--lora_r, --lora_alpha, --lora_dropout: {error}") from None
+        if not 0 <= self.int8_threshold < math.inf:
+            raise ValueError(f"--int8_threshold {self.int8_threshold}: at least 0")
+        if self.int8 and (self.init == "random" or (self.init == "blip2" and self.llm == "random")):
+            raise ValueError("--int8 with a random language model: there is nothing to keep frozen; give --llm or --init a folder")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
@@ -134,15 +152,31 @@ def resumed_config(cfg: Config, argv: list[str]) -> Config:
 # -------------------------------------------------------------------------------------------------- what is trained
 
 
-def model_parts(model: MBLIP) -> dict[str, list[nn.Module | nn.Parameter]]:
-    """The parts as the paper counts them."""
-    return {"ViT": [model.vit], "Q-Former": [model.qformer], "queries": [model.queries],
-            "projection": [model.proj], "language model": [model.mt5]}  # fmt: skip
+def model_parts(model: MBLIP) -> dict[str, list[nn.Module | torch.Tensor]]:
+    """The parts as the paper counts them; LoRA, where there is any, apart from the language model that it adapts."""
+    parts = {"ViT": [model.vit], "Q-Former": [model.qformer], "queries": [model.queries],
+             "projection": [model.proj], "language model": [model.mt5]}  # fmt: skip
+    lora = [p for layer in lora_layers(model.mt5).values() for p in (layer.A, layer.B)]
+    if lora:
+        own = {id(p) for p in lora}
+        parts["language model"] = [t for t in tensors_of(model.mt5) if id(t) not in own]
+        parts["LoRA"] = lora
+    return parts
+
+
+def parameter_count(tensors) -> int:
+    """Numbers that a model consists of; the scales of int8 layers are a way of writing them, not more of them."""
+    return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) or t.dtype == torch.int8)
+
+
+def tensors_of(piece: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    """Everything a part consists of, the codes and scales of int8 layers included."""
+    return [*piece.parameters(), *piece.buffers()] if isinstance(piece, nn.Module) else [piece]
 
 
 TRAINED = {
     "projection": ("projection",),
-    "all": ("Q-Former", "queries", "projection"),
+    "all": ("Q-Former", "queries", "projection", "LoRA"),
     "everything": ("ViT", "Q-Former", "queries", "projection", "language model"),
 }
 
@@ -155,7 +189,7 @@ def base_folder(name: str, skip: str | None = None) -> Path:
 def build_mblip(vision: Path, llm: Path | str, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
 
-    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size.
+    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size. The types are those of `load_mblip`.
     """
     if llm == "random":
         mt5 = MT5(PRESETS["nano"].mt5)
@@ -178,19 +212,24 @@ def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.O
     AdamW has two groups. Decayed are the matrices of linear, convolution and embedding layers, found by module type;
     norms, biases, position tables and queries are not: pulling a norm towards 0 or a query towards the others helps
     nobody. (The original code went by substrings and so decayed the Q-Former's first norm, spelled "layernorm".)
+    LoRA's matrices are a third group, with a learning rate of their own.
     """
-    decayed, rest, hidden = [], [], []
+    decayed, rest, hidden, lora = [], [], [], []
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
-            if isinstance(module, nn.Linear) and name == "weight" and ".blocks." in path and kind == "muon":
+            if isinstance(module, LoRALinear):
+                lora.append(p)
+            elif isinstance(module, nn.Linear) and name == "weight" and ".blocks." in path and kind == "muon":
                 hidden.append(p)
             elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name == "weight":
                 decayed.append(p)
             else:
                 rest.append(p)
     groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    if lora:
+        groups.append(dict(params=lora, weight_decay=cfg.weight_decay, lr=cfg.lora_lr))
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01))
@@ -200,16 +239,16 @@ def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.O
 def parts_table(model: MBLIP, optimizers: list[torch.optim.Optimizer]) -> str:
     """For people, before step 0: parameters, what is trained, type, bytes and peak learning rates of each part."""
     rate_of = {p: f"{type(o).__name__} {g['lr']:g}" for o in optimizers for g in o.param_groups for p in g["params"]}
-    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>10}{'MB':>9}  optimizer and peak rate"]
+    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>23}{'MB':>10}  optimizer and peak rate"]
     total = [0, 0, 0]
     for name, pieces in model_parts(model).items():
-        ps = [p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])]
-        row = [sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad), sum(p.nbytes for p in ps)]
+        ps = [t for piece in pieces for t in tensors_of(piece)]
+        row = [parameter_count(ps), sum(p.numel() for p in ps if p.requires_grad), sum(p.nbytes for p in ps)]
         total = [a + b for a, b in zip(total, row)]
         kind = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in ps}))
         rates = ", ".join(sorted({rate_of[p] for p in ps if p in rate_of})) or "frozen"
-        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>10}{row[2] / 1e6:>9.1f}  {rates}")
-    return "\n".join([*lines, f"{'all':<16}{total[0]:>14,}{total[1]:>14,}{'':>10}{total[2] / 1e6:>9.1f}"])
+        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>23}{row[2] / 1e6:>10.1f}  {rates}")
+    return "\n".join([*lines, f"{'all':<16}{total[0]:>14,}{total[1]:>14,}{'':>23}{total[2] / 1e6:>10.1f}"])
 
 
 def add_checkpointing(model: MBLIP) -> None:
@@ -273,24 +312,37 @@ def main(argv: list[str]) -> int:
     mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed)
     language_id = LanguageID(emoji.names)
 
-    # Model: from random weights or from a folder, then what is frozen.
+    # Model: from random weights or from a folder, its language model in int8 and with LoRA if wanted, then what is frozen.
+    train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
+    if cfg.lora != "none" and train != "all":
+        raise ValueError(f"--lora {cfg.lora} goes with --train all, where it is trained with the rest; here --train is {train}")
+    if cfg.int8 and train == "everything":
+        raise ValueError("--int8 is for a frozen language model; --train everything trains it")
     torch.manual_seed(cfg.seed)
+    llm_dtype = "int8" if cfg.int8 else None
     if cfg.init == "random":
         source = DATA
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
     elif cfg.init == "blip2":
         vision, llm = base_folder(cfg.vision, skip="language_"), cfg.llm if cfg.llm == "random" else base_folder(cfg.llm)
-        model = build_mblip(vision, llm, cfg.vision_dtype)
+        model = build_mblip(vision, llm, cfg.vision_dtype, llm_dtype)
         source = vision if llm == "random" else llm
     else:
-        source = Path(cfg.init)
-        model = load_mblip(source, vision_dtype=cfg.vision_dtype)
+        vision = llm = source = Path(cfg.init)
+        model = load_mblip(source, vision_dtype=cfg.vision_dtype, llm_dtype=llm_dtype)
+    originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source
+    rounded = cfg.int8 or cfg.lora != "none"  # then the whole model is written from what the files hold, LoRA merged into it
+    if rounded and cfg.init != "random" and cfg.llm != "random" and "quantization_config" in read_json(llm / "config.json"):
+        raise ValueError(f"{llm}: holds int8; LoRA is merged into the weights as they were before they were rounded, so start from those")
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
-    train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
     if "ViT" in TRAINED[train] and cfg.vision_dtype != "fp32":
         raise ValueError(f"--vision_dtype {cfg.vision_dtype}: with --train everything the ViT is trained, which wants fp32")
+    for layer in (m for m in model.mt5.modules() if isinstance(m, Int8Linear)):
+        layer.threshold = cfg.int8_threshold
+    if cfg.lora != "none":
+        add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     mark_trainable(model, TRAINED[train])
     model.to(device)
     trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("mt5.")]
@@ -325,8 +377,12 @@ def main(argv: list[str]) -> int:
         state.save(step, seconds)
         if parts_only:
             save_trained(model, folder, trained, *bases, len(tokenizer), mix, fingerprint)
+        elif rounded:
+            save_merged(model, folder, image_token=len(tokenizer), source=originals, languages=mix)
         else:
             save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
+        if cfg.lora != "none":
+            save_adapter(model.mt5, folder / "adapter")
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
@@ -410,16 +466,16 @@ def main(argv: list[str]) -> int:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
     record = dict(
         config=asdict(cfg), trained=train, seconds=round(seconds, 1), examples_seen=cfg.steps * cfg.accumulate * cfg.batch,
-        final_loss=loss_log.recent_mean(1), parameters=sum(p.numel() for p in model.parameters()),
+        final_loss=loss_log.recent_mean(1), parameters=parameter_count(tensors_of(model)),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=str(device),
-        model_sha256=digest(dict(model.named_parameters())),
+        model_sha256=digest(model.state_dict()),
         summary={which: dict(zip(("english", "other"), summary(r))) for which, r in results.items()},
         results=results, samples=examples,
     )  # fmt: skip
     write_json(folder / "record.json", record)
     if cfg.merge:
-        save_merged(model, folder / "merged", len(tokenizer), (vision, llm) if cfg.init == "blip2" and llm != "random" else source, mix)
+        save_merged(model, folder / "merged", len(tokenizer), originals, mix)
         save_processor(folder / "merged", folder, model.cfg.queries)
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
           f"  python sample.py --model {folder} --image data/cat.png --lang sw")  # fmt: skip

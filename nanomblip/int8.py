@@ -111,9 +111,13 @@ class Int8Linear(nn.Module):
     def weight(self) -> torch.Tensor:
         """CB: int8 (out, in)."""
         if self.packed is not None:
-            self._buffers["weight"] = unpack(self.packed)
-            self.packed, self.short_calls = None, 0
+            self.replace(unpack(self.packed), self.SCB)
         return self._buffers["weight"]
+
+    def replace(self, weight: torch.Tensor, SCB: torch.Tensor) -> None:
+        """Compute with other codes and scales from now on."""
+        self.packed, self.short_calls = None, 0
+        self._buffers["weight"], self.SCB = weight, SCB
 
     def pack(self) -> None:
         """Keep the codes in FBGEMM's order from now on, until somebody asks for `weight`; nothing happens where FBGEMM is missing."""

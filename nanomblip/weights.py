@@ -706,11 +706,10 @@ def _linear_names(mt5: MT5) -> dict[str, str]:
 
 
 def base_digest(mt5: MT5) -> str:
-    """sha256 of a language model without its LoRA: the fingerprint that an adapter of ours carries."""
+    """sha256 of a language model without its LoRA, the codes and scales of int8 layers included: the fingerprint that an adapter carries."""
     if any(layer.unmerged is not None for layer in lora_layers(mt5).values()):
         raise ValueError("LoRA is merged: unmerge it first")
-    own = {id(p) for layer in lora_layers(mt5).values() for p in (layer.A, layer.B)}
-    return digest({name.replace(".base.", "."): p for name, p in mt5.named_parameters() if id(p) not in own})
+    return digest(held_tensors(mt5))
 
 
 def save_adapter(mt5: MT5, folder: Path, prefix: str = "") -> None:

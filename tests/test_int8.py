@@ -6,12 +6,12 @@ import ctypes
 import pytest
 import torch
 import torch.nn as nn
-from test_lora import model, run
+from test_lora import model, run, run_hf
 
 from nanomblip import int8
 from nanomblip.int8 import Int8Linear, int8_path, int8_product, quantize_linears, quantize_rows
-from nanomblip.lora import add_lora, lora_layers, merge_lora
-from nanomblip.weights import digest
+from nanomblip.lora import add_lora, lora_layers, merge_lora, unmerge_lora
+from nanomblip.weights import WeightsError, digest, load_adapter, save_adapter, save_mt5
 
 
 def tensors(rows=5, width=64, out=48, outliers=(), seed=0):
@@ -313,10 +313,82 @@ def test_a_quantised_model_says_nearly_the_same_and_learns_through_lora():
     assert losses[-1] < losses[0] / 2
 
 
-def test_lora_is_not_merged_into_int8():
+def int8_with_lora():
     mt5 = model()
     quantize_linears(mt5, skip=("lm_head",))
-    add_lora(mt5, "qv", r=4)
-    with pytest.raises(ValueError, match="cannot be merged into an int8 layer"):
+    add_lora(mt5, "all", r=4, alpha=6.0)
+    for i, layer in enumerate(lora_layers(mt5).values()):
+        nn.init.normal_(layer.B, std=0.05, generator=torch.Generator().manual_seed(i))
+    return mt5
+
+
+def test_lora_is_merged_into_freshly_quantised_weights_and_unmerging_restores_the_bits():
+    mt5 = int8_with_lora()
+    bits, before, layers = digest(mt5.state_dict()), run(mt5), lora_layers(mt5)
+    wanted = {path: layer.base.dequantized() + layer.scale * layer.B @ layer.A for path, layer in layers.items()}
+    merge_lora(mt5)
+    assert error(run(mt5), before) < 0.1 and digest(mt5.state_dict()) != bits  # two roundings of W more, in a model of random numbers
+    for path, layer in layers.items():
+        codes, scale = quantize_rows(wanted[path].half())
+        assert torch.equal(layer.base.weight, codes) and torch.equal(layer.base.SCB, scale) and layer.base.weight.dtype == torch.int8
+        layer.base.pack()
+    assert error(run(mt5), before) < 0.1
+    with pytest.raises(ValueError, match="merged already"):
         merge_lora(mt5)
-    assert all(layer.unmerged is None for layer in lora_layers(mt5).values())
+    unmerge_lora(mt5)
+    assert digest(mt5.state_dict()) == bits and torch.equal(run(mt5), before)
+
+
+def test_a_merge_into_int8_that_overflows_changes_nothing():
+    mt5 = int8_with_lora()
+    list(lora_layers(mt5).values())[-1].B.data.fill_(1e6)  # not finite in fp16
+    bits = digest(mt5.state_dict())
+    with pytest.raises(ValueError, match="wo.*not finite"):
+        merge_lora(mt5)
+    assert digest(mt5.state_dict()) == bits and all(layer.unmerged is None for layer in lora_layers(mt5).values())
+
+
+def test_an_adapter_knows_the_int8_base_it_was_trained_on(tmp_path):
+    mt5 = int8_with_lora()
+    save_adapter(mt5, tmp_path)
+    again = model()
+    quantize_linears(again, skip=("lm_head",))
+    again.decoder.blocks[0].mlp.wo.pack()  # the fingerprint is of the codes, wherever they are
+    load_adapter(again, tmp_path)
+    assert torch.equal(run(again), run(mt5))
+    for change in (lambda m: None, lambda m: quantize_linears(m), lambda m: (quantize_linears(m, skip=("lm_head",)), m.encoder.blocks[0].attn.q.weight[0].neg_()),
+                   lambda m: (quantize_linears(m, skip=("lm_head",)), m.encoder.blocks[0].attn.q.SCB[:1].mul_(1.01))):  # fmt: skip
+        other = model()
+        change(other)
+        with pytest.raises(WeightsError, match="another language model"):
+            load_adapter(other, tmp_path)
+        assert not lora_layers(other)
+
+
+@pytest.mark.parametrize("targets", [["q", "v"], ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]], ids=len)
+def test_an_adapter_of_peft_over_an_8_bit_base(bnb, tmp_path, targets):
+    """transformers + bitsandbytes + peft on the CPU: the same outputs and gradients but for the rounding of x, which their training leaves out."""
+    peft = pytest.importorskip("peft")
+    from transformers import BitsAndBytesConfig, MT5ForConditionalGeneration
+
+    save_mt5(model(), tmp_path / "base")
+    hf = MT5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    torch.manual_seed(1)
+    hf = peft.get_peft_model(hf, peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=targets)).train()
+    hf.save_pretrained(tmp_path / "adapter")
+    mt5 = model()
+    quantize_linears(mt5, skip=("wo", "lm_head"), threshold=0.0)
+    load_adapter(mt5, tmp_path / "adapter")
+    assert all(isinstance(layer.base, Int8Linear) == (not path.endswith("wo")) for path, layer in lora_layers(mt5).items())
+    ours, theirs = run(mt5), run_hf(hf)
+    assert error(ours, theirs) < 2e-3
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    of = lambda name, side: next(p.grad for n, p in hf.named_parameters() if f"{name}.lora_{side}." in n)
+    for path, name in (("encoder.blocks.0.attn.q", "encoder.block.0.layer.0.SelfAttention.q"), ("decoder.blocks.2.cross_attn.v", "decoder.block.2.layer.1.EncDecAttention.v")):
+        for side in "AB":
+            assert error(getattr(lora_layers(mt5)[path], side).grad, of(name, side)) < 0.01
+    with_x_rounded = model()
+    quantize_linears(with_x_rounded, skip=("wo", "lm_head"))
+    load_adapter(with_x_rounded, tmp_path / "adapter")
+    assert 0 < error(run(with_x_rounded), theirs) < 0.1 and 0 < error(run_hf(hf.eval()), theirs) < 0.1  # in eval() they round x as well
