@@ -6,7 +6,6 @@ Languages count equally in every mean.
 """
 
 import math
-import unicodedata
 from collections import Counter, defaultdict
 
 import torch
@@ -16,13 +15,9 @@ from nanomblip.generate import Decoding, generate
 from nanomblip.image import ImageConfig, array_to_tensor
 from nanomblip.languages import LANGUAGES, resource_group, script_group
 from nanomblip.mblip import MBLIP
+from nanomblip.metrics import normal
 from nanomblip.mixture import EVAL_PROMPT
 from nanomblip.tokenizer import Tokenizer
-
-
-def normal(text: str) -> str:
-    """The form in which answers are compared: NFC, no case, no outer or double spaces."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 class LanguageID:
