@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from nanomblip.emoji import load_emoji
+from nanomblip.fidelity import language_pieces
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.generate import DECODING, Decoding, generate
 from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
@@ -29,6 +31,7 @@ MAX_PROMPT = 256  # pieces, the paper's limit in evaluation
 class Config:
     image: list = flag((), "pictures, or folders of pictures", many=True)
     lang: str = flag("en", "language of the answer: a code, an English name or an alias")
+    force_lang: bool = flag(False, "write only pieces that the language can use: its words for nano, its script for other tokenizers")
     prompt: str = flag("", f"what to ask, {{L}} = the language's English name; default: {EVAL_PROMPT!r}")
     model: str = flag("", "a run folder, a folder in the official layout, nano, or the name of an official checkpoint; "
                           "default: weights/nano if it is there, else the newest run in out/")  # fmt: skip
@@ -114,6 +117,7 @@ def main(argv: list[str]) -> int:
     if size.size != model.cfg.vit.image_size:
         raise ValueError(f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}")
     print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
+    allowed = language_pieces(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)
     ids = tokenizer.encode(question, MAX_PROMPT)
     if len(ids) < len(tokenizer.encode(question, MAX_PROMPT + 1)):
         print(f"sample.py: the prompt is longer than {MAX_PROMPT} pieces; its end is left out", file=sys.stderr)
@@ -130,7 +134,8 @@ def main(argv: list[str]) -> int:
         if not good:
             continue
         prompt = torch.tensor([ids] * len(good), device=device)
-        found = generate(model, torch.stack(images)[:, None].to(device), prompt, decoding=decoding, vocab=len(tokenizer))
+        found = generate(model, torch.stack(images)[:, None].to(device), prompt, decoding=decoding, vocab=len(tokenizer),
+                         allowed=allowed)  # fmt: skip
         for file, hypotheses in zip(good, found):
             texts = [" ".join(tokenizer.decode(h.ids).split()) for h in hypotheses]
             lines.append(json.dumps(dict(image=str(file), lang=lang, prompt=question, text=texts[0], texts=texts), ensure_ascii=False))

@@ -93,10 +93,11 @@ def questions(emoji: Emoji, which: str, langs, limit: int) -> list[tuple[int, st
 
 
 @torch.no_grad()
-def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji, items, batch: int = 256, progress=None):
+def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji, items, batch: int = 256, progress=None, masks=None):
     """Greedy captions for (picture, language) items: a list of strings in the same order.
 
-    Each picture goes through the ViT once, however many languages ask for it.
+    Each picture goes through the ViT once, however many languages ask for it. masks: language -> pieces that it may use,
+    as in fidelity.py; None = all.
     """
     model.eval()
     device = model.queries.device
@@ -108,8 +109,9 @@ def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji,
     for i in range(0, len(items), batch):
         part = items[i : i + batch]
         prompt = tokenizer.batch([EVAL_PROMPT.format(L=LANGUAGES[lang].name) for _, lang in part]).to(device)
+        allowed = None if masks is None else torch.stack([masks[lang] for _, lang in part]).to(device)  # (B, V)
         found = generate(model, None, prompt, features=features[[row[p] for p, _ in part]], vocab=len(tokenizer),
-                         decoding=Decoding(max_new_tokens=24))  # fmt: skip
+                         decoding=Decoding(max_new_tokens=24), allowed=allowed)  # fmt: skip
         answers += [tokenizer.decode(best[0].ids) for best in found]
         if progress is not None:
             progress.update(len(part))
@@ -130,8 +132,8 @@ MEASUREMENTS = ("pictures", "openmoji", "streamline", "seen pairs", "held-out pa
 
 
 def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language_id: LanguageID, limit: int = 40,
-             measurements=MEASUREMENTS, progress=None):  # fmt: skip
-    """All measurements of a model over `langs`, at most `limit` pictures a language.
+             measurements=MEASUREMENTS, progress=None, masks=None):  # fmt: skip
+    """All measurements of a model over `langs`, at most `limit` pictures a language; masks as in `answer`.
 
     Returns (results, examples): results[measurement][language] as in `score`; examples are 12 dicts with the answers to
     held-out pictures, in languages of different scripts, chosen by hash and not by how good they look.
@@ -143,7 +145,7 @@ def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language
     for which, items in asked.items():
         if not items:
             continue
-        answers = answer(model, tokenizer, image, emoji, items, progress=progress)
+        answers = answer(model, tokenizer, image, emoji, items, progress=progress, masks=masks)
         results[which] = score(emoji, items, answers, language_id)
         if which == measurements[0]:
             examples = pick_examples(emoji, items, answers)
