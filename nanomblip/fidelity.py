@@ -69,8 +69,11 @@ def language_texts(emoji: Emoji, lang: str) -> list[str]:
     texts = [*emoji.names.get(lang, {}).values(), *phrases.get("labels", {}).values()]
     texts += [phrases[key] for key in ("yes", "no", "autonym") if key in phrases]
     for words in emoji.keywords.get(lang, {}).values():
-        texts += [*words, ", ".join(words)]
+        texts.append(", ".join(words))
     return texts
+
+
+declaration = cache(load_udhr)  # of Human Rights, in 95 languages; read once
 
 
 def letters_of(emoji: Emoji, lang: str) -> set[str]:
@@ -78,7 +81,7 @@ def letters_of(emoji: Emoji, lang: str) -> set[str]:
     scripts = LANGUAGES[lang].scripts
     letters = set().union(*(script_characters(script) for script in scripts))
     if SHARED & set(scripts):
-        seen = "".join([*language_texts(emoji, lang), *load_udhr(emoji.root).get(lang, [])])
+        seen = "".join([*language_texts(emoji, lang), *declaration(emoji.root).get(lang, [])])
         seen = {form for c in set(unicodedata.normalize("NFC", seen)) for form in (c, *c.lower(), *c.upper())}
         if "Latn" in scripts:  # a to z: names from abroad
             seen |= set(map(chr, range(65, 123)))
