@@ -18,7 +18,7 @@ from nanomblip.generate import DECODING, Decoding, generate
 from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
 from nanomblip.languages import LANGUAGES, parse_lang
 from nanomblip.mblip import PRESETS
-from nanomblip.mixture import EVAL_PROMPT
+from nanomblip.prompts import EVAL_PROMPT
 from nanomblip.runs import pick_device
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import load_mblip, read_json, write_atomic

@@ -16,7 +16,7 @@ from nanomblip.image import ImageConfig, array_to_tensor
 from nanomblip.languages import LANGUAGES, resource_group, script_group
 from nanomblip.mblip import MBLIP
 from nanomblip.metrics import normal
-from nanomblip.mixture import EVAL_PROMPT
+from nanomblip.prompts import EVAL_PROMPT
 from nanomblip.tokenizer import Tokenizer
 
 
