@@ -30,9 +30,10 @@ from nanomblip.emoji import load_emoji
 from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.image import ImageConfig
+from nanomblip.jsonmix import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.mixture import Batches, Mixture, parse_tasks
+from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
@@ -48,8 +49,10 @@ class Config:
     lang_mix: str = flag("all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi")
     lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
-    tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
+    tasks: str = flag("caption", "tasks and their shares, each with :weight: " + ", ".join(TASKS))
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
+    mixture: str = flag("", "train on the paper's data instead of the embedded: a JSON file in the released format, or FILE:weight,FILE:weight")
+    image_root: str = flag("", "with --mixture: the folder of its pictures")
     init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --blip2, the language model of --llm, a fresh "
                               "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
     blip2: str = flag("weights/nano/blip2", "with --init blip2: the folder that can see, made by weights/make_nano.py blip2")
@@ -93,6 +96,8 @@ class Config:
         for name in ("lr", "muon_lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
+        if bool(self.mixture) != bool(self.image_root):
+            raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
@@ -277,13 +282,20 @@ def main(argv: list[str]) -> int:
         model = load_mblip(source)
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
-    if image.size != emoji.pictures.shape[1]:
+    measurable = image.size == emoji.pictures.shape[1]  # else the model is for other pictures than the embedded ones
+    if not measurable and not cfg.mixture:
         raise ValueError(f"--init {cfg.init}: its ViT wants pictures of {image.size}, the embedded ones have {emoji.pictures.shape[1]}")
     train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
     mark_trainable(model, TRAINED[train])
     model.to(device)
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
     batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
+    data = (f"{len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
+            f"{sum(map(len, mixture.usable.values())):,} names")  # fmt: skip
+    if cfg.mixture:
+        mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False))
+        batches = JsonBatches(mixture, tokenizer, image, cfg.batch, cfg.image_root, folder / "unusable_pictures.tsv", crop=cfg.crop)
+        data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
 
@@ -299,17 +311,18 @@ def main(argv: list[str]) -> int:
     step, seconds = state.load() if cfg.resume else (0, 0.0)
     if not cfg.resume:
         write_json(folder / "train.json", asdict(cfg))
+    if cfg.mixture:
+        mixture.keep_identity(folder / "mixture.json")
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
 
     def save():
         state.save(step, seconds)
-        save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
+        save_mblip(model, folder, image_token=len(tokenizer), languages=None if cfg.mixture else mix)
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
-    print(f"data    {len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
-          f"{sum(map(len, mixture.usable.values())):,} names; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")  # fmt: skip
+    print(f"data    {data}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
     print(parts_table(model, optimizers), flush=True)
 
     features = cache_features(model, batches, device) if batches.views else None
@@ -358,7 +371,7 @@ def main(argv: list[str]) -> int:
         average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
         bar.update(1)
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
-        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+        if cfg.eval_every and measurable and step % cfg.eval_every == 0 and step < cfg.steps:
             results, _ = evaluate(model, tokenizer, image, emoji, mix, language_id, 5, ("validation",))
             english, other = summary(results["validation"])
             validation_log.add(step, english["exact"], other["exact"], other["in_language"])
@@ -380,10 +393,13 @@ def main(argv: list[str]) -> int:
     # What it can do now: fixed splits, greedy captions.
     progress = tqdm(desc="evaluate", unit="caption", leave=False)
     results, examples = evaluate(model, tokenizer, image, emoji, (*mix, *held_out), language_id, cfg.eval_pictures,
-                                 MEASUREMENTS, progress)  # fmt: skip
+                                 MEASUREMENTS if measurable else (), progress)  # fmt: skip
     progress.close()
-    print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
-    print("held-out pictures: language, what it is, its name, the model's answer")
+    if cfg.mixture and (problems := unusable_pictures(batches.report)):
+        print(f"\n{problems}", file=sys.stderr)
+    if results:
+        print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
+        print("held-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
     record = dict(

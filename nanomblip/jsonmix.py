@@ -33,7 +33,7 @@ from nanomblip.image import EXTENSIONS, ImageConfig, ImageError, augment_image, 
 from nanomblip.mixture import Batches, Example
 from nanomblip.prompts import CAPTION, CAPTION_UNNAMED
 from nanomblip.tokenizer import Tokenizer, pad_rows
-from nanomblip.weights import write_atomic
+from nanomblip.weights import read_json, write_atomic, write_json
 
 CHUNK = 1 << 22  # characters or bytes read at a time
 LONGEST = 1 << 20  # characters of one example; more is damage, not an example
@@ -71,8 +71,6 @@ def check_example(row) -> str | None:
             row[name].encode()
         except UnicodeEncodeError:  # "\ud800" is allowed by JSON and cannot be written anywhere
             return f"{name!r} holds half a surrogate pair"
-    if not row["label"].strip():
-        return "'label' is empty: there is nothing to learn from it"
     return None
 
 
@@ -125,9 +123,10 @@ def scan(path: Path):
                         break
                     except (ValueError, RecursionError) as error:
                         if ended or len(text) - at > LONGEST:  # else it may only be cut by the end of what was read
-                            if next_char() == "" or (ended and getattr(error, "pos", 0) >= len(text.rstrip())):
+                            problem, there = getattr(error, "msg", type(error).__name__), getattr(error, "pos", at)
+                            if ended and (there >= len(text.rstrip()) or problem.startswith("Unterminated")):
                                 fail("the file ends in the middle of the array", len(text))
-                            fail(f"not JSON ({getattr(error, 'msg', type(error).__name__)})", getattr(error, "pos", at))
+                            fail(f"not JSON ({problem})", there)
                     more()
                 problem = check_example(row)
                 if problem:
@@ -340,6 +339,14 @@ class JsonMixture:
         if len(self.parts) == 1:
             return [len(file) / len(self) for file in self.files]
         return [count / self.BLOCK for _, count in self.parts]
+
+    def keep_identity(self, path: Path) -> None:
+        """Write down which files a run is made of; MixtureError when `path` (of an earlier part of the run) names others."""
+        mine = [{key: file.identity[key] for key in ("size", "head", "tail")} for file in self.files]
+        if not Path(path).exists():
+            write_json(path, mine)
+        elif read_json(path) != mine:
+            raise MixtureError(f"--mixture: {', '.join(str(file.path) for file in self.files)} changed since the run began ({path}); start a new run")
 
     def example(self, index: int, attempt: int = 0) -> Example:
         """Example number `index` (0, 1, 2 ...); attempt 1, 2, ... are the ones that take its place when its picture is unusable.
