@@ -89,6 +89,8 @@ def decoding_of(cfg: Config) -> Decoding:
         changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=1)
     elif (cfg.temperature, cfg.top_p) != (1.0, 1.0):
         raise ValueError("--temperature and --top_p change nothing without --sample")
+    if cfg.force_lang:  # else silence is the easiest way to obey
+        changes |= dict(min_new_tokens=max(1, DECODING[cfg.preset].min_new_tokens))
     return replace(DECODING[cfg.preset], **changes)
 
 

@@ -15,7 +15,7 @@ import math
 import random
 import sys
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -447,6 +447,7 @@ def main(argv: list[str]) -> int:
         if outside:
             raise ValueError(f"--force_lang: nothing is known of {', '.join(outside)}; choose others by --langs")
         masks = language_masks(tokenizer, {item.answer_lang for item in items}, emoji)
+        decoding = replace(decoding, min_new_tokens=max(1, decoding.min_new_tokens))  # else silence is the easiest way to obey
     if cfg.task in ("xm3600", "xflickrco") and (message := missing_segmenters(langs)):
         print(f"evaluate: {message}", file=sys.stderr)
 
