@@ -51,6 +51,7 @@ class Config:
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
     tasks: str = flag("caption", "tasks and their shares, each with :weight: " + ", ".join(TASKS))
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
+    data_share: float = flag(1.0, "share of the training pictures that is used")
     mixture: str = flag("", "train on the paper's data instead of the embedded: a JSON file in the released format, or FILE:weight,FILE:weight")
     image_root: str = flag("", "with --mixture: the folder of its pictures")
     init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --blip2, the language model of --llm, a fresh "
@@ -96,6 +97,8 @@ class Config:
         for name in ("lr", "muon_lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
+        if not 0 < self.data_share <= 1:
+            raise ValueError(f"--data_share {self.data_share}: above 0, at most 1")
         if bool(self.mixture) != bool(self.image_root):
             raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
         if not 0 < self.beta2 < 1:
@@ -265,7 +268,7 @@ def main(argv: list[str]) -> int:
     if not mix:
         raise ValueError("--hold_out_langs leaves no language to train on")
     mix = {lang: p / sum(mix.values()) for lang, p in mix.items()}
-    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed)
+    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed, share=cfg.data_share)
     language_id = LanguageID(emoji.names)
 
     # Model: from random weights or from a folder, then what is frozen.
