@@ -21,8 +21,8 @@ import json
 import os
 import random
 import re
-from array import array
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from nanomblip.prompts import CAPTION, CAPTION_UNNAMED
 from nanomblip.tokenizer import Tokenizer, pad_rows
 from nanomblip.weights import read_json, write_atomic, write_json
 
-CHUNK = 1 << 22  # characters or bytes read at a time
+CHUNK = 1 << 20  # characters or bytes read at a time
 LONGEST = 1 << 20  # characters of one example; more is damage, not an example
 HEAD = 4096  # bytes of the sidecar before the offsets
 FIELDS = ("context", "label", "image_id")
@@ -150,25 +150,34 @@ def build_index(path: Path, progress=None) -> Path:
     """Write the sidecar of a mixture file and return its path. Raises MixtureError for a damaged file."""
     path = Path(path)
     sidecar = path.with_name(path.name + ".index")
-    before, offsets = fingerprint(path), array("Q")
-    for n, place in enumerate(scan(path)):
-        offsets.append(place)
-        if progress is not None and n % 4096 == 0:
-            progress.update(place - progress.n)
-    if fingerprint(path) != before:
-        raise MixtureError(f"{path} changed while it was indexed; start again when it is complete")
-    header = json.dumps(dict(before, format=1, count=len(offsets) - 1)).encode().ljust(HEAD)
+    before = fingerprint(path)
 
     def write(temporary):
+        count = -1  # the last place is the end of the array
         with open(temporary, "wb") as file:
-            file.write(header)
-            np.frombuffer(offsets, np.uint64).astype("<u8", copy=False).tofile(file)
+            file.seek(HEAD)
+            for block in batched(scan(path), 1 << 14):
+                np.array(block, "<u8").tofile(file)
+                count += len(block)
+                if progress is not None:
+                    progress.update(block[-1] - progress.n)
+            if fingerprint(path) != before:
+                raise MixtureError(f"{path} changed while it was indexed; start again when it is complete")
+            file.seek(0)
+            file.write(json.dumps(dict(before, format=1, count=count)).encode().ljust(HEAD))
 
     try:
         write_atomic(sidecar, write)
     except OSError as error:
         raise MixtureError(f"{sidecar} cannot be written ({error.strerror}); make a link to {path.name} in a folder of your own and give that") from None
     return sidecar
+
+
+def batched(values, size: int):
+    """Lists of up to `size` values. (itertools.batched is of Python 3.12.)"""
+    values = iter(values)
+    while block := list(islice(values, size)):
+        yield block
 
 
 class JsonExamples:

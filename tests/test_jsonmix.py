@@ -39,7 +39,7 @@ def write(path, rows, **options):
 
 
 @pytest.mark.parametrize("options", [{}, dict(ensure_ascii=False), dict(indent=2), dict(separators=(",", ":"), ensure_ascii=False)], ids=str)
-@pytest.mark.parametrize("chunk", [7, 64, 1 << 22])
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
 def test_every_example_reads_back(tmp_path, monkeypatch, options, chunk):
     monkeypatch.setattr(jsonmix, "CHUNK", chunk)  # characters and objects cut at every place
     rows = make_rows(120)
