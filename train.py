@@ -32,6 +32,7 @@ from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
+from nanomblip.imitate import imitation_loss, name_places
 from nanomblip.int8 import THRESHOLD, Int8Linear
 from nanomblip.jsonmix import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
@@ -69,7 +70,10 @@ class Config:
     llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
                                         "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
     vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
-    align: int = flag(100, "with --init blip2: first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
+    imitate: float = flag(0.8, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
+                               "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
+    align: int = flag(100, "with --init blip2 and without --imitate: first steps that train the projection alone, so that a fresh one does "
+                           "not spoil the Q-Former")  # fmt: skip
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
@@ -80,13 +84,13 @@ class Config:
     lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
     int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
     int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
-    steps: int = flag(1500, "optimizer steps")
+    steps: int = flag(2400, "optimizer steps, those of --imitate or --align included")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
-                                  "auto = muon when everything starts from random weights, else adamw",
+                                  "auto = muon for nano, else adamw",
                           ("auto", "adamw", "muon"))  # fmt: skip
-    lr: float = flag(1e-3, "AdamW's peak learning rate")
+    lr: float = flag(2e-3, "AdamW's peak learning rate; the paper's, at full size, is 1e-5")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
@@ -129,6 +133,8 @@ class Config:
             raise ValueError(f"--data_share {self.data_share}: above 0, at most 1")
         if bool(self.mixture) != bool(self.image_root):
             raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
+        if not 0 <= self.imitate <= 1:
+            raise ValueError(f"--imitate {self.imitate}: a share of the steps, between 0 and 1")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
@@ -370,7 +376,7 @@ def main(argv: list[str]) -> int:
         add_checkpointing(model)
 
     # Optimizers, and where to go on.
-    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if (train, cfg.init) == ("everything", "random") else "adamw"
+    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"
     optimizers = build_optimizers(model, kind, cfg)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -417,7 +423,13 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
-    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection"
+    imitating = round(cfg.imitate * cfg.steps) if cfg.init == "blip2" and not cfg.mixture and train != "everything" else 0
+    if imitating:
+        english = [emoji.names["en"][concept] for concept in emoji.concepts]
+        names = model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()  # (C, Q, D)
+        index = {concept: i for i, concept in enumerate(emoji.concepts)}
+        shown = torch.tensor([index[concept] for concept, _ in emoji.cells], device=device)  # (P,)
+    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection" and not imitating
     if aligning:  # what has no gradient is passed over by the optimizers, and costs no backward pass
         mark_trainable(model, ("projection",))
     while step < cfg.steps:
@@ -437,7 +449,10 @@ def main(argv: list[str]) -> int:
                 with torch.set_grad_enabled(not vit_is_frozen):
                     seen = model.image_features(batch["image"])
             model.train()
-            _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
+            if step < imitating:
+                loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
+            else:
+                _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
             (loss / cfg.accumulate).backward()
             total_loss += loss.item() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
