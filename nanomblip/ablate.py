@@ -81,7 +81,8 @@ SUITES = {
                        "the mixture of tasks helps answering questions most", "higher"),
     "languages": Suite("All languages, or English-only training", ("baseline", "english-only"), CAPTIONS,
                        "translated training data is what makes the model answer in other languages", "lower"),
-    "lora": Suite("LoRA on the language model: none, q and v, all layers; rank", ("lora-all", "lora-none", "lora-qv", "lora-all-r2", "lora-all-r32"), CAPTIONS,
+    "lora": Suite("LoRA on the language model: none, q and v, all layers; rank",
+                  ("lora-all", "lora-none", "lora-qv", "lora-all-r2", "lora-all-r32"), CAPTIONS,
                   "LoRA on all layers is used; less of it is worse", "lower"),
     "int8": Suite("Frozen language model in int8, or fp32", ("fp32", "int8"), CAPTIONS,
                   "8-bit weights cost little", "same"),
@@ -91,7 +92,8 @@ SUITES = {
                      "training the projection alone is a warm-up, not enough", "lower"),
     "data": Suite("Amount of data: all, 10 % and 1 % of the pictures", ("baseline", "data-10", "data-1"), CAPTIONS,
                   "not studied in the paper; expected is that less data is worse", "lower"),
-    "held-out": Suite("Eight languages held out of re-alignment, measured on these", ("baseline", "held-out-languages"), ("caption", "held-out eight", "chrf"),
+    "held-out": Suite("Eight languages held out of re-alignment, measured on these", ("baseline", "held-out-languages"),
+                      ("caption", "held-out eight", "chrf"),
                       "languages without training data are answered worse", "lower"),
     "mask": Suite("Language mask off and on, same models", ("baseline", "baseline+mask"), ("caption", "all other", "in_language"),
                   "answers in the wrong language are left as an open problem; a mask can only help with it", "higher"),
@@ -173,12 +175,15 @@ def fits(record: dict, config: dict, defaults: dict, limit: int) -> bool:
     return record["limit"] == limit and all(told[k] == v if k in told else v == defaults[k] for k, v in config.items())
 
 
+KEYS = {"experiment", "seed", "config", "limit", "measures", "seconds", "trained_parameters"}
+
+
 def read_records(folder: Path) -> list[dict]:
     """All record files, in the order of their names; a damaged one is an error that names it."""
     records = []
     for path in sorted(Path(folder).glob("*.json")):
         record = read_json(path)
-        if not isinstance(record, dict) or not {"experiment", "seed", "config", "limit", "measures", "seconds", "trained_parameters"} <= set(record):
+        if not (isinstance(record, dict) and KEYS <= set(record)):
             raise ValueError(f"{path}: not a record of an ablation; restore it with git checkout, or delete it to run it again")
         records.append(record)
     return records
@@ -281,13 +286,12 @@ def run(experiment: str, seed: int, cfg: Config, langs: str) -> dict:
         task, _, mask = what.partition("+")
         out = folder / f"{what}.json"
         if not out.exists():
-            call(["-m", "nanomblip.evaluate", "--model", str(folder), "--data", "emoji", "--task", task, "--limit", str(cfg.limit), "--langs", langs,
-                  "--out", str(out), *(["--force_lang"] if mask else [])], log)  # fmt: skip
+            call(["-m", "nanomblip.evaluate", "--model", str(folder), "--data", "emoji", "--task", task, "--limit", str(cfg.limit),
+                  "--langs", langs, "--out", str(out), *(["--force_lang"] if mask else [])], log)  # fmt: skip
         measures[what] = measured(out)
     told = read_json(folder / "record.json")
-    return dict(experiment=experiment, seed=seed, limit=cfg.limit, config=resolved(flags), seconds=told["seconds"], parameters=told["parameters"],
-                trained_parameters=told["trained_parameters"], final_loss=round(told["final_loss"], 5), torch=told["torch"], threads=told["threads"],
-                measures=measures)  # fmt: skip
+    kept = {key: told[key] for key in ("seconds", "parameters", "trained_parameters", "final_loss", "torch", "threads")}
+    return dict(experiment=experiment, seed=seed, limit=cfg.limit, config=resolved(flags), **kept, measures=measures)
 
 
 def stored_fits(folder: Path, flags: list[str]) -> bool:
@@ -390,7 +394,8 @@ def suite_table(name: str, suite: Suite, cfg: Config, records: list[dict]) -> li
     """The lines of one suite's markdown table."""
     task, group, metric = suite.measure
     lines = [f"**{suite.title}.** Measured: {metric.replace('_', ' ')} of {task}s in percent, {group}. Paper: {suite.claim}.", "",
-             "| experiment | trained parameters | seconds | seeds | measure | difference | nano and the paper |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| experiment | trained parameters | seconds | seeds | measure | difference | nano and the paper |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     base, _ = values_of(suite.rows[0], suite, cfg, records)
     for row in suite.rows:
         values, of = values_of(row, suite, cfg, records)
@@ -401,16 +406,16 @@ def suite_table(name: str, suite: Suite, cfg: Config, records: list[dict]) -> li
         first = row == suite.rows[0]
         difference = "-" if first or not base else f"{100 * (statistics.mean(values) - statistics.mean(base)):+.1f}"
         judged = "reference" if first else verdict(base, values, suite.expect) if base else "-"
-        seconds = statistics.mean(r["seconds"] for r in of)
-        lines.append(f"| {row} | {of[0]['trained_parameters']:,} | {seconds:.0f} | {len(values)} | {100 * statistics.mean(values):.1f}{spread} | {difference} | {judged} |")
+        cost = f"{of[0]['trained_parameters']:,} | {statistics.mean(r['seconds'] for r in of):.0f}"
+        lines.append(f"| {row} | {cost} | {len(values)} | {100 * statistics.mean(values):.1f}{spread} | {difference} | {judged} |")
     return [*lines, ""]
 
 
 def tables(cfg: Config, records: list[dict]) -> str:
     """All tables as markdown, a function of the records alone."""
     steps = cfg.steps or resolved([])["steps"]
-    head = (f"At nano scale ({steps:,} steps, {cfg.limit} held-out pictures a language, mean and deviation over seeds; chrf is a character F-score). "
-            f"A difference is called one when it exceeds twice its standard error over seeds.")  # fmt: skip
+    head = (f"At nano scale ({steps:,} steps, {cfg.limit} held-out pictures a language, mean and deviation over seeds; chrf is a "
+            f"character F-score). A difference is called one when it exceeds twice its standard error over seeds.")  # fmt: skip
     return "\n".join([head, "", *(line for name, suite in cfg.suites().items() for line in suite_table(name, suite, cfg, records))])
 
 
@@ -427,7 +432,8 @@ def plot(cfg: Config, records: list[dict], path: Path) -> bool:
         for row in suite.rows[1:]:
             values, _ = values_of(row, suite, cfg, records)
             if base and values:
-                rows.append((f"{row} ({suite.measure[0]}, {suite.measure[1]}, {suite.measure[2].replace('_', ' ')})", [100 * (v - statistics.mean(base)) for v in values]))
+                label = f"{row} ({', '.join(suite.measure).replace('_', ' ')})"
+                rows.append((label, [100 * (v - statistics.mean(base)) for v in values]))
     if not rows:
         return False
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.3 * len(rows)))

@@ -64,7 +64,8 @@ def field(row: dict, name: str, kind, where: str):
     """row[name], checked; ValueError naming the place."""
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, kind) or (kind is list and not all(isinstance(v, (str, dict)) for v in value)):
-        raise ValueError(f"{where}: {name!r} is {'missing' if value is None else 'of another kind than expected'}; is it the file that --task says?")
+        problem = "missing" if value is None else "of another kind than expected"
+        raise ValueError(f"{where}: {name!r} is {problem}; is it the file that --task says?")
     return value
 
 
@@ -94,10 +95,11 @@ def xm3600(path: Path, names) -> list[Item]:
 
 
 def xflickrco(path: Path, names) -> list[Item]:
-    lang = file_language(path)
-    prompt = BENCHMARK["xflickrco"].format(L=names(lang))
-    return [Item((field(row, "img_path", str, f"{path}: line {n}"),), lang, lang, prompt, tuple(field(row, "sentences", list, f"{path}: line {n}")))
-            for n, row in read_lines(path)]  # fmt: skip
+    lang, items = file_language(path), []
+    for n, row in read_lines(path):
+        image, sentences = field(row, "img_path", str, f"{path}: line {n}"), field(row, "sentences", list, f"{path}: line {n}")
+        items.append(Item((image,), lang, lang, BENCHMARK["xflickrco"].format(L=names(lang)), tuple(sentences)))
+    return items
 
 
 def xgqa(path: Path, names) -> list[Item]:

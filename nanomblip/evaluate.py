@@ -247,7 +247,8 @@ class Config:
         if self.batch < 1 or self.limit < 0 or not 0 <= self.seed < 2**63:
             raise ValueError("--batch is at least 1, --limit and --seed at least 0")
         if (self.data == "emoji") != (self.task in ASKED):
-            raise ValueError(f"--task {self.task} does not go with --data {self.data}: emoji has {', '.join(ASKED)}, files have {', '.join(BENCHMARKS)}")
+            raise ValueError(f"--task {self.task} does not go with --data {self.data}: emoji has {', '.join(ASKED)}, "
+                             f"files have {', '.join(BENCHMARKS)}")  # fmt: skip
         if self.data != "emoji" and not self.image_root:
             raise ValueError("--image_root is missing: the folder of the benchmark's pictures")
 
@@ -394,7 +395,8 @@ def report(result: dict) -> str:
     main = result["metric"]
     first = [name for name in (main, "cider_characters") if any(name in row for row in result["groups"].values())]
     names = first + sorted({n for row in result["groups"].values() for n in row} - {*first, "languages", "n"})
-    shown = lambda cell, wide: "-" if cell is None else f"{100 * cell['mean']:.1f}" + (f" [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]" if wide else "")
+    percent = lambda cell: f"{100 * cell['mean']:.1f}" if cell else "-"
+    shown = lambda cell, wide: percent(cell) + (f" [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]" if cell and wide else "")
     table = [["language group", "languages", "n", *(name.replace("_", " ") for name in names)]]
     rows = list(result["groups"].items())
     rows += [(f"worst: {LANGUAGES[lang].name if lang in LANGUAGES else OUTSIDE[lang]}", result["languages"][lang]) for lang in result["worst"]]
@@ -405,7 +407,7 @@ def report(result: dict) -> str:
     lines.insert(1, "-" * len(lines[0]))
     if result["chance"] is not None and "all other" in result["groups"]:
         share = above_chance(result["groups"]["all other"][main]["mean"], result["chance"])
-        lines.append(f"chance is {100 * result['chance']:.1f}; all other languages are {100 * share:.1f} % of the way from there to always right")
+        lines.append(f"chance is {100 * result['chance']:.1f}; all other languages are {100 * share:.1f} % of the way from there to 100")
     if "pope" in result:
         lines.append("yes: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in result["pope"].items()))
     return "\n".join(lines)
@@ -463,14 +465,16 @@ def main(argv: list[str]) -> int:
     result = summarise(cfg.task, scores_of(cfg.task, *map(list, zip(*kept)), language_id), cfg.seed)
     print(report(result))
     out = Path(cfg.out or folder / f"evaluation_{cfg.task}.json")
-    samples = [dict(images=list(map(str, i.images)), lang=i.lang, prompt=i.prompt, labels=list(i.labels), answer=t) for i, t in kept[:: max(1, len(kept) // 20)]]
+    samples = [dict(images=list(map(str, item.images)), lang=item.lang, prompt=item.prompt, labels=list(item.labels), answer=text)
+               for item, text in kept[:: max(1, len(kept) // 20)]]  # fmt: skip
     write_json(out, dict(config=asdict(cfg), decoding=asdict(decoding), questions=len(items), answered=len(kept), torch=torch.__version__,
                          unusable_pictures=dict(list(problems.items())[:100]), **result, samples=samples[:20]))  # fmt: skip
     print(f"every language and {min(20, len(samples))} answers: {out}", file=sys.stderr)
     for problem in list(problems.values())[:10]:
         print(f"evaluate: {problem}", file=sys.stderr)
     if problems:
-        print(f"evaluate: {len(problems)} pictures could not be used; {len(items) - len(kept)} of {len(items)} questions are not counted", file=sys.stderr)
+        lost = f"{len(items) - len(kept)} of {len(items)} questions are not counted"
+        print(f"evaluate: {len(problems)} pictures could not be used; {lost}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -6,8 +6,8 @@ the language cannot use are forbidden (`generate(allowed=...)`). Which those are
 vocabulary (`language_pieces`), in one of two ways:
 
 - vocabulary: the pieces into which the language's names, keywords and phrases of the embedded data fall, as far as they are
-  in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it too: the language model has read them as
-  text, only no picture of them, and the mask knows no pictures either.
+  in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it too: the
+  language model has read them as text, only no picture of them, and the mask knows no pictures either.
 - script: the pieces whose letters belong to the language's scripts. For a tokenizer of 250,100 pieces. Where
   languages share a script (57 use Latin) the letters must also occur in texts of that language: ß for German, not for
   English. It tells Thai from English surely, German from English hardly.
@@ -109,7 +109,8 @@ def language_pieces(tokenizer: Tokenizer, lang: str, emoji: Emoji) -> torch.Tens
             allowed[ids] = True
         scripts = LANGUAGES[lang].scripts
         for i in allowed.nonzero()[:, 0].tolist():  # "LED" and "DVD" stand in texts of all scripts, but would let an English model spell on
-            allowed[i] = all(script_of(c) is None or script_of(c) in scripts for c in tokenizer.pieces.id_to_piece(i)) or tokenizer.pieces.is_byte(i)
+            inside = all(script_of(c) is None or script_of(c) in scripts for c in tokenizer.pieces.id_to_piece(i))
+            allowed[i] = inside or tokenizer.pieces.is_byte(i)
     else:
         letters = letters_of(emoji, lang)
         bytes_of = {byte for c in letters for byte in c.encode()} | set(range(0x20, 0x7F))

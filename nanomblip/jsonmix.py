@@ -169,7 +169,8 @@ def build_index(path: Path, progress=None) -> Path:
     try:
         write_atomic(sidecar, write)
     except OSError as error:
-        raise MixtureError(f"{sidecar} cannot be written ({error.strerror}); make a link to {path.name} in a folder of your own and give that") from None
+        advice = f"make a link to {path.name} in a folder of your own and give that"
+        raise MixtureError(f"{sidecar} cannot be written ({error.strerror}); {advice}") from None
     return sidecar
 
 
@@ -355,7 +356,8 @@ class JsonMixture:
         if not Path(path).exists():
             write_json(path, mine)
         elif read_json(path) != mine:
-            raise MixtureError(f"--mixture: {', '.join(str(file.path) for file in self.files)} changed since the run began ({path}); start a new run")
+            names = ", ".join(str(file.path) for file in self.files)
+            raise MixtureError(f"--mixture: {names} changed since the run began ({path}); start a new run")
 
     def example(self, index: int, attempt: int = 0) -> Example:
         """Example number `index` (0, 1, 2 ...); attempt 1, 2, ... are the ones that take its place when its picture is unusable.
@@ -449,7 +451,8 @@ class JsonBatches(Batches):
                 except ImageError as error:
                     self.note(self.mixture.image_id(example.picture), str(error))
             else:
-                raise ValueError(f"--image_root {self.root}: {self.TRIES} examples in a row have no usable picture, the last: {error_of(self.report)}")
+                raise ValueError(f"--image_root {self.root}: {self.TRIES} examples in a row have no usable picture, "
+                                 f"the last: {error_of(self.report)}")  # fmt: skip
         return dict(
             picture=torch.tensor([example.picture for example, _, _ in rows]),
             prompt=pad_rows([prompt for _, prompt, _ in rows], self.tokenizer.pad),
