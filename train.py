@@ -47,6 +47,7 @@ from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, l
 
 HERE = Path(__file__).resolve().parent
 LARGE = 500_000_000  # parameters, from which on --save auto writes the trained parts alone
+LARGEST_CACHE = 4_000_000_000  # bytes of what the ViT sees
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -203,7 +204,7 @@ def base_folder(name: str, skip: str | None = None) -> Path:
 def build_mblip(vision: Path, llm: Path | str, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
 
-    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size. The types are those of `load_mblip`.
+    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size. Types: as in `load_mblip`.
     """
     if llm == "random":
         mt5 = MT5(PRESETS["nano"].mt5)
@@ -330,8 +331,9 @@ def main(argv: list[str]) -> int:
     train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
     if cfg.lora != "none" and train != "all":
         raise ValueError(f"--lora {cfg.lora} goes with --train all, where it is trained with the rest; here --train is {train}")
-    if cfg.int8 and train == "everything":
-        raise ValueError("--int8 is for a frozen language model; --train everything trains it")
+    for flag_name, is_rounded in (("int8", cfg.int8), ("vision_dtype", cfg.vision_dtype != "fp32")):
+        if is_rounded and train == "everything":
+            raise ValueError(f"--{flag_name} is for a frozen part; --train everything trains it")
     torch.manual_seed(cfg.seed)
     llm_dtype = "int8" if cfg.int8 else None
     if cfg.init == "random":
@@ -345,14 +347,11 @@ def main(argv: list[str]) -> int:
     else:
         vision = llm = source = Path(cfg.init)
         model = load_mblip(source, vision_dtype=cfg.vision_dtype, llm_dtype=llm_dtype)
-    originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source
-    rounded = cfg.int8 or cfg.lora != "none"  # then the whole model is written from what the files hold, LoRA merged into it
-    if rounded and cfg.init != "random" and cfg.llm != "random" and "quantization_config" in read_json(llm / "config.json"):
-        raise ValueError(f"{llm}: holds int8; LoRA is merged into the weights as they were before they were rounded, so start from those")
+    rounded = cfg.int8 or cfg.vision_dtype != "fp32"
+    if (rounded or cfg.lora != "none") and cfg.init != "random" and llm != "random" and "quantization_config" in read_json(llm / "config.json"):
+        raise ValueError(f"{llm}: holds int8; what LoRA has learned is merged into the weights as they were before they were rounded: start from those")
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
-    if "ViT" in TRAINED[train] and cfg.vision_dtype != "fp32":
-        raise ValueError(f"--vision_dtype {cfg.vision_dtype}: with --train everything the ViT is trained, which wants fp32")
     for layer in (m for m in model.mt5.modules() if isinstance(m, Int8Linear)):
         layer.threshold = cfg.int8_threshold
     if cfg.lora != "none":
@@ -360,10 +359,12 @@ def main(argv: list[str]) -> int:
     measurable = not cfg.mixture or image.size == emoji.pictures.shape[1]  # else the model is for other pictures than the embedded ones
     mark_trainable(model, TRAINED[train])
     model.to(device)
+    originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source  # what is held rounded is written as it was before
     trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("mt5.")]
-    parts_only = cfg.save == "trained" or (cfg.save == "auto" and cfg.init == "blip2" and sum(t.numel() for t in model.state_dict().values()) > LARGE)
-    if parts_only and (cfg.init != "blip2" or cfg.llm == "random" or train == "everything"):
-        raise ValueError("--save trained: goes with --init blip2 and two folders as bases; give --save whole")
+    has_bases = isinstance(originals, tuple) and train != "everything"
+    parts_only = cfg.save == "trained" or (cfg.save == "auto" and has_bases and parameter_count(tensors_of(model)) > LARGE)
+    if parts_only and not has_bases:
+        raise ValueError("--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole")
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
     batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
     data = (f"{len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
@@ -402,8 +403,8 @@ def main(argv: list[str]) -> int:
         state.save(step, seconds)
         if parts_only:
             save_trained(model, folder, trained, *bases, len(tokenizer), spoken, fingerprint)
-        elif rounded:
-            save_merged(model, folder, image_token=len(tokenizer), source=originals, languages=spoken)
+        elif rounded or cfg.lora != "none":
+            save_merged(model, folder, len(tokenizer), originals, spoken)
         else:
             save_mblip(model, folder, image_token=len(tokenizer), languages=spoken)
         if cfg.lora != "none":
@@ -414,6 +415,9 @@ def main(argv: list[str]) -> int:
     print(f"data    {data}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
     print(parts_table(model, optimizers), flush=True)
 
+    size = len(emoji.cells) * batches.views * model.cfg.vit.tokens * model.cfg.vit.width * 4
+    if size > LARGEST_CACHE:
+        raise ValueError(f"--views {cfg.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0, which runs it at every step")
     features = cache_features(model, batches, device) if batches.views else None
     loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
     validation_log = Log(folder / "validation.csv", ("step", "english_exact", "other_exact", "other_in_language"), step)
@@ -514,7 +518,8 @@ def main(argv: list[str]) -> int:
         save_merged(model, folder / "merged", len(tokenizer), originals, spoken)
         save_processor(folder / "merged", folder, model.cfg.queries)
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
-          f"  python sample.py --model {folder} --image data/cat.png --lang sw")  # fmt: skip
+          f"  python sample.py --model {folder}{f' --adapter {folder}/adapter' if parts_only and cfg.lora != 'none' else ''} "
+          "--image data/cat.png --lang sw")  # fmt: skip
     return 0
 
 

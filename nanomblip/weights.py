@@ -34,7 +34,6 @@ INDEX, SINGLE, RECORD = "model.safetensors.index.json", "model.safetensors", "sh
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # what --vision_dtype and --llm_dtype mean
 BLOCK = 1 << 22  # numbers that are read and converted at a time
 SHARD = 5_000_000_000  # bytes of a file of weights, at most
-VIT_THRESHOLD = 0.0  # of int8 layers in the ViT: weights only, see int8.py
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -255,9 +254,6 @@ class _Forms:
             return torch.int8
         return torch.bfloat16 if self.prefix + name == "mt5.embed.weight" else self.dtype
 
-    def threshold(self, name: str) -> float:
-        return VIT_THRESHOLD if (self.prefix + name).startswith("vit.") else THRESHOLD
-
 
 def _load(folder: Path, cls, config_of, names_of, prefix: str, forms: _Forms, skip: str | None = None) -> nn.Module:
     """Build a `cls` on the meta device and fill it; config_of and names_of as above, prefix and skip as in `_locate`."""
@@ -270,7 +266,7 @@ def _load(folder: Path, cls, config_of, names_of, prefix: str, forms: _Forms, sk
     try:
         check_record(folder)
         places = _locate(folder, {official: mine for mine, official in names_of(model).items()}, prefix, skip)
-        _fill(model, places, forms, _stored_threshold(folder, hf))
+        _fill(model, places, forms, _threshold(folder, hf))
     except WeightsError as error:
         raise WeightsError(f"{error}{_restore(folder)}") from None
     return model.eval()
@@ -323,11 +319,11 @@ def _same(path: Path, key: str, other_path: Path, other_key: str) -> bool:
         return all(torch.equal(a[i : i + rows], b[i : i + rows]) for i in range(0, shape[0], rows))
 
 
-def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, threshold: float | None) -> None:
-    """Fill a meta model; places: from `_locate`, threshold: of the layers that are stored in int8."""
+def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, threshold: float) -> None:
+    """Fill a meta model; places: from `_locate`, threshold: of int8 layers."""
     shapes = {name: p.shape for name, p in model.named_parameters() if name in places}
     linears = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    codes = {}  # name -> weight, SCB and threshold of the layers that become int8
+    codes = {}  # name -> weight and SCB of the layers that become int8
     shared = {path: open_safetensors(path) for path in {path for path, _ in places.values()}}  # for tensors that are used as they are stored
     for name in sorted(shapes, key=lambda name: (str(places[name][0]), name)):
         path, key = places[name]
@@ -343,12 +339,12 @@ def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, 
                 raise WeightsError(f"{path}: {key} is stored in int8; it cannot become {forms.wished(name)}, which needs the original weights")
             weight = _read_tensor(shared[path], path, key, shapes[name], torch.int8, torch.int8)
             scales = _read_tensor(shared[places[scale][0]], *places[scale], shapes[name][:1], torch.float32)
-            codes[name] = weight, scales, forms.threshold(name) if threshold is None else threshold
+            codes[name] = weight, scales
         elif form == torch.int8:
-            codes[name] = *_quantize(path, key, shapes[name]), forms.threshold(name)
+            codes[name] = _quantize(path, key, shapes[name])
         else:
             _set_parameter(model, name, _read_tensor(shared[path], path, key, shapes[name], form))
-    for name, (weight, scale, threshold) in codes.items():
+    for name, (weight, scale) in codes.items():
         owner, _, leaf = name.removesuffix(".weight").rpartition(".")
         linear = model.get_submodule(name.removesuffix(".weight"))
         try:
@@ -421,17 +417,17 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor):
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
 
-def _stored_threshold(folder: Path, hf: dict) -> float | None:
-    """The outlier threshold of a config.json whose weights bitsandbytes has quantised; None: not quantised, or ours."""
+def _threshold(folder: Path, hf: dict) -> float:
+    """The outlier threshold of int8 layers: that of the config.json, if bitsandbytes or we have quantised its weights."""
     block = hf.get("quantization_config")
     if block is None:
-        return None
+        return THRESHOLD
     if not isinstance(block, dict) or block.get("quant_method") != "bitsandbytes" or not block.get("load_in_8bit"):
         raise WeightsError(f"{folder / 'config.json'}: quantization_config is not that of bitsandbytes in 8 bits; get the original weights")
     value = block.get("llm_int8_threshold", THRESHOLD)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise WeightsError(f"{folder / 'config.json'}: llm_int8_threshold = {value!r}; expected a number, at least 0")
-    return None if "nanomblip" in hf else float(value)
+    return float(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -572,8 +568,10 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
     """Write `config.json` and the weights in the official layout; transformers opens the folder.
 
     image_token: see `config_to_hf`; languages: the codes it was trained to answer in, stored as one more key. dtype: of all floats, None =
-    as each is held. What is held in int8 is written in int8, as bitsandbytes names it, and loads at once the next time; such files
-    get a RECORD. LoRA is not written: merge it first, or see `save_adapter`. shard: bytes a file, at most.
+    as each is held. shard: bytes a file, at most. LoRA is not written: see `save_merged` and `save_adapter`.
+
+    What is held in int8 is written in int8, as bitsandbytes names it, and loads at once the next time. Such a folder gets a RECORD;
+    transformers, which keeps `wo` and the head in floats, cannot run it.
     """
     folder, held, entries = Path(folder), held_tensors(model), {}
     add = lambda key, t: entries.update({key: (t.dtype, tuple(t.shape), lambda: [t])})
@@ -588,12 +586,11 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
             entries[official] = (dtype or t.dtype, tuple(t.shape), lambda t=t: [t])
     done = write_shards(folder, entries, shard)
     extra = {} if languages is None else {"languages": sorted(languages)}
-    if int8 := sorted(path for path, m in model.named_modules() if isinstance(m, Int8Linear)):
+    if int8 := [m for m in model.modules() if isinstance(m, Int8Linear)]:
         kept = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
         official = {mine.removesuffix(".weight"): key.removesuffix(".weight") for mine, key in float_names(model).items()}
-        extra["quantization_config"] = dict(quant_method="bitsandbytes", load_in_8bit=True, llm_int8_threshold=THRESHOLD,
+        extra["quantization_config"] = dict(quant_method="bitsandbytes", load_in_8bit=True, llm_int8_threshold=int8[0].threshold,
                                             llm_int8_skip_modules=[official[path] for path in kept])  # fmt: skip
-        extra["nanomblip"] = dict(int8_layers=len(int8))
         write_record(folder, done, {"written_by": "nanomblip"})
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra)
 

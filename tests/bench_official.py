@@ -4,7 +4,7 @@ Random weights in the official shapes, each measurement in a process of its own 
 
 1. from fp32 shards to int8, the int8 written, and a caption of 20 pieces with 5 beams
 2. the same from the int8 file: time to the first piece, beside the time the disk and the image encoder need alone
-3. the caption by transformers in fp32, where it fits (--transformers)
+3. the caption in fp32, by us and by transformers, and how far their logits are apart (--transformers)
 
 Seconds are given twice: by the clock / of the processor.
 
@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from make_checkpoint import cut_layers, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.generate import Decoding, generate
@@ -32,6 +33,8 @@ from nanomblip.image import ImageConfig, image_to_tensor, load_image
 from nanomblip.mblip import PRESETS
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import load_mblip, read_json, save_mblip, save_processor
+
+LABELS = torch.tensor([[700, 4_000, 7_999, 250_000, 1]])
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,9 @@ def ours(folder: Path, cfg: Config, types: dict, save: str | None) -> dict:
     with torch.no_grad():
         model.image_features(image)
     lap("encode image again")
+    if save is None and set(types.values()) == {"fp32"}:
+        with torch.no_grad():
+            save_file(dict(logits=model(None, prompt, LABELS, features=features)[0]), folder.parent / "ours.safetensors")
     return lap.seconds | dict(peak_MB_after_loading=loaded, ids=found[0].ids)
 
 
@@ -109,6 +115,9 @@ def theirs(folder: Path, cfg: Config) -> dict:
         out = model.generate(pixel_values=image[0], input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=cfg.beams, do_sample=False,
                              min_new_tokens=cfg.pieces, max_new_tokens=cfg.pieces)  # fmt: skip
     lap("encode image and caption")
+    with torch.no_grad():
+        logits = model(pixel_values=image[0], input_ids=ids, attention_mask=torch.ones_like(ids), labels=LABELS).logits
+    save_file(dict(logits=logits), folder.parent / "theirs.safetensors")
     return lap.seconds | dict(ids=out[0, 1:].tolist())
 
 
@@ -167,7 +176,14 @@ def main(argv: list[str]) -> int:
                     forget(quantised)
                 show(f"{what}, {state}", measure())
     if cfg.transformers:
-        show("transformers, fp32", run_child(argv, folder, None, None))
+        mine = run_child(argv, folder, dict(vision_dtype="fp32", llm_dtype="fp32"), None)
+        show("fp32", mine)
+        other = run_child(argv, folder, None, None)
+        show("transformers, fp32", other)
+        a, b = (load_file(folder.parent / f"{who}.safetensors")["logits"] for who in ("ours", "theirs"))
+        same = sum(x == y for x, y in zip(mine["ids"], other["ids"]))
+        show("fp32 against transformers", dict(largest_difference_of_logits=f"{(a - b).abs().max():.2e}", largest_logit=f"{b.abs().max():.1f}",
+                                               same_pieces=f"{same} of {cfg.pieces}"))  # fmt: skip
     return 0
 
 

@@ -333,3 +333,13 @@ def model_inputs(folder, question):
     from nanomblip.tokenizer import Tokenizer
 
     return torch.tensor([Tokenizer(folder / "spiece.model").encode(question)])
+
+
+def test_an_official_name_is_fetched_into_weights(capsys, official, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    monkeypatch.setattr(sample, "download", lambda name, folder: asked.append((name, folder)) or official)
+    status, out, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-xl", "--max_new_tokens", 2)
+    assert status == 0 and asked == [("mblip-mt0-xl", tmp_path / "weights" / "mblip-mt0-xl")]
+    status, _, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-small")
+    assert status == 2 and "train.py --llm mt0-small" in err
