@@ -1,6 +1,8 @@
 """Caption pictures: `python sample.py --image data/cat.png --lang sw`.
 
-The text goes to stdout, one line a picture; which weights were used, and anything that went wrong, to stderr. With
+    python sample.py --model mblip-mt0-xl --image photo.jpg --question "What is the man holding?" --lang th
+
+fetches the official weights into weights/ once (hub.py) and asks them. The text goes to stdout, one line a picture; which weights were used, and anything that went wrong, to stderr. With
 several pictures a bad one is reported at the end and the rest still answered (exit status 1 then).
 """
 
@@ -15,16 +17,19 @@ from nanomblip.emoji import load_emoji
 from nanomblip.fidelity import language_pieces
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.generate import DECODING, Decoding, generate
+from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
 from nanomblip.languages import LANGUAGES, parse_lang
-from nanomblip.mblip import PRESETS
+from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.prompts import EVAL_PROMPT
 from nanomblip.runs import pick_device
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import load_mblip, read_json, write_atomic
+from nanomblip.weights import DTYPES, config_from_hf, load_adapter, load_mblip, read_json, save_mblip, save_merged, save_processor, write_atomic
 
 HERE = Path(__file__).resolve().parent
 MAX_PROMPT = 256  # pieces, the paper's limit in evaluation
+QUESTION = "Question: {q} Short answer in {L}:"  # the paper's in evaluation (MaXM; xGQA always asks for English)
+LARGE = 500_000_000  # parameters, from which on `--vision_dtype auto` and `--llm_dtype auto` save memory
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,22 @@ class Config:
     lang: str = flag("en", "language of the answer: a code, an English name or an alias")
     force_lang: bool = flag(False, "write only pieces that the language can use: its words for nano, its script for other tokenizers")
     prompt: str = flag("", f"what to ask, {{L}} = the language's English name; default: {EVAL_PROMPT!r}")
-    model: str = flag("", "a run folder, a folder in the official layout, nano, or the name of an official checkpoint; "
-                          "default: weights/nano if it is there, else the newest run in out/")  # fmt: skip
-    preset: str = flag("greedy", "decoding settings, of which the flags below override single ones", tuple(DECODING))
+    question: str = flag("", f"a question about the picture, asked as in the paper: {QUESTION!r}")
+    together: bool = flag(False, "all pictures are one question's: the model sees them one after the other and answers once")
+    model: str = flag("", "a run folder, a folder in the official layout, nano, or the name of an official checkpoint, which is fetched into "
+                          "weights/; default: the newest run in out/, else weights/nano if it is there")  # fmt: skip
+    adapter: str = flag("", "folder with LoRA of the language model, as peft or train.py wrote it")
+    vision_dtype: str = flag("auto", "type of the ViT's weights; auto = as stored, and int8 for a model of more than 500 million parameters",
+                             ("auto", *DTYPES))  # fmt: skip
+    llm_dtype: str = flag("auto", "type of the language model's weights; auto = likewise", ("auto", *DTYPES))
+    save: str = flag("", "also write the model as it is held (int8 stays int8, and loads at once the next time) to this folder")
+    merge: str = flag("", "also write the whole model in floats with LoRA merged, for transformers, to this folder")
+    preset: str = flag("auto", "decoding settings, of which the flags below override single ones; auto = vqa with --question, else greedy",
+                       ("auto", *DECODING))  # fmt: skip
     num_beams: int = flag(0, "beams; 0 = as in the preset")
     max_new_tokens: int = flag(0, "longest answer in pieces; 0 = as in the preset")
     num_return: int = flag(1, "how many answers a picture, best first; needs as many beams")
+    stream: bool = flag(False, "print the answer piece by piece as it is written; for one picture, without beams")
     sample: bool = flag(False, "draw from the distribution instead of taking the most probable")
     temperature: float = flag(1.0, "with --sample: above 1 is wilder")
     top_p: float = flag(1.0, "with --sample: keep the fewest pieces that hold this much probability")
@@ -61,14 +76,13 @@ def find_model(name: str) -> Path:
             return max(done, key=lambda run: (run / "model.safetensors").stat().st_mtime)
     if name in ("", "nano") and (shipped / "config.json").exists():
         return shipped
-    if name in PRESETS and (HERE / "weights" / name / "config.json").exists():
-        return HERE / "weights" / name
+    if name in MODELS and name.startswith("mblip"):
+        return download(name, HERE / "weights" / name)
     if name in PRESETS and name != "nano":
-        raise FileNotFoundError(f"--model {name}: put its config.json, safetensors, spiece.model and preprocessor_config.json "
-                                f"(Gregor/{name} on the Hugging Face hub) into weights/{name}")  # fmt: skip
+        raise FileNotFoundError(f"--model {name}: no such weights were published; train them with train.py --llm {name.removeprefix('mblip-')}")
     if name in ("", "nano"):
         raise FileNotFoundError("no trained weights here yet; make some with: python train.py --lang_mix all (about ten minutes)")
-    raise FileNotFoundError(f"--model {name}: no such folder, and none of {', '.join(PRESETS)}")
+    raise FileNotFoundError(f"--model {name}: no such folder, and neither nano nor mblip-mt0-xl")
 
 
 def spoken(folder: Path) -> list[str] | None:
@@ -89,7 +103,48 @@ def decoding_of(cfg: Config) -> Decoding:
         changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=1)
     elif (cfg.temperature, cfg.top_p) != (1.0, 1.0):
         raise ValueError("--temperature and --top_p change nothing without --sample")
-    return replace(DECODING[cfg.preset], **changes)
+    preset = cfg.preset if cfg.preset != "auto" else "vqa" if cfg.question and not cfg.sample else "greedy"
+    if cfg.stream:
+        changes["num_beams"] = 1
+        if cfg.num_beams > 1 or cfg.preset in DECODING and DECODING[cfg.preset].num_beams > 1:
+            raise ValueError("--stream goes without beams: they go back on what they wrote; leave out --num_beams and --preset")
+    if cfg.force_lang:  # else silence is the easiest way to obey
+        changes |= dict(min_new_tokens=max(1, DECODING[preset].min_new_tokens))
+    return replace(DECODING[preset], **changes)
+
+
+def types(cfg: Config, folder: Path) -> dict[str, str | None]:
+    """The arguments of `load_mblip` for --vision_dtype and --llm_dtype; None = as the file has it, or fp32."""
+    config = read_json(folder / "config.json")
+    auto = None
+    if isinstance(config, dict) and "quantization_config" not in config:
+        with torch.device("meta"):
+            auto = "int8" if sum(p.numel() for p in MBLIP(config_from_hf(config)).parameters()) > LARGE else None
+    return {name: auto if getattr(cfg, name) == "auto" else getattr(cfg, name) for name in ("vision_dtype", "llm_dtype")}
+
+
+class Stream:
+    """Prints what is new of a text each time it has grown."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.shown = tokenizer, ""
+
+    def __call__(self, ids: list[int]):
+        text = " ".join(self.tokenizer.decode(ids).rstrip("\ufffd").split())  # a letter of several bytes may not be complete yet
+        if text.startswith(self.shown):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+
+def write_folder(model: MBLIP, target: Path, folder: Path, pieces: int, merged: bool) -> None:
+    """Write the model of `folder` to `target`, with everything else that a folder in the official layout has."""
+    read_json(folder / "preprocessor_config.json")  # before the long part
+    if merged:
+        save_merged(model, target, image_token=pieces, source=folder, languages=spoken(folder))
+    else:
+        save_mblip(model, target, image_token=pieces, languages=spoken(folder), dtype=None)
+    save_processor(target, folder, model.cfg.queries)
+    print(f"sample.py: wrote {target}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:
@@ -107,13 +162,33 @@ def main(argv: list[str]) -> int:
     out = Path(cfg.out).resolve() if cfg.out else None  # behind a symbolic link, its target
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"--out {cfg.out}: " + ("is a folder" if out.is_dir() else "its folder does not exist"))
-    question = (cfg.prompt or EVAL_PROMPT).replace("{L}", LANGUAGES[lang].name)
-    if not question.strip():
-        raise ValueError("--prompt is empty; leave it out for a caption")
+    if cfg.question and cfg.prompt:
+        raise ValueError("--question and --prompt: give one of them")
+    question = QUESTION.replace("{q}", cfg.question) if cfg.question.strip() else cfg.prompt or EVAL_PROMPT
+    question = question.replace("{L}", LANGUAGES[lang].name)
+    if not question.strip() or (cfg.question and not cfg.question.strip()):
+        raise ValueError("--prompt or --question is empty; leave it out for a caption")
+    groups = [files] if cfg.together else [[file] for file in files]
+    if cfg.stream and (len(groups) > 1 or out is not None):
+        raise ValueError("--stream goes with one picture, or with --together, and without --out")
+    if cfg.adapter and cfg.save:
+        raise ValueError("--save writes no LoRA; give --merge, or leave --adapter out")
+    for name in ("save", "merge"):
+        if (target := getattr(cfg, name)) and Path(target).exists() and any(Path(target).iterdir()):
+            raise ValueError(f"--{name} {target}: is not an empty folder")
 
     tokenizer = Tokenizer(folder / "spiece.model")
     size = ImageConfig.from_hf(read_json(folder / "preprocessor_config.json"))
-    model = load_mblip(folder).to(device)
+    model = load_mblip(folder, **types(cfg, folder))
+    if cfg.adapter:
+        load_adapter(model.mt5, cfg.adapter)
+        model.eval()
+    for name in ("save", "merge"):
+        if target := getattr(cfg, name):
+            write_folder(model, Path(target), folder, len(tokenizer), merged=name == "merge")
+    model.to(device)
+    if len(tokenizer) > model.cfg.mt5.vocab:
+        raise ValueError(f"{folder}: a tokenizer of {len(tokenizer)} pieces does not go with an embedding of {model.cfg.mt5.vocab} rows")
     if size.size != model.cfg.vit.image_size:
         raise ValueError(f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}")
     print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
@@ -123,25 +198,30 @@ def main(argv: list[str]) -> int:
         print(f"sample.py: the prompt is longer than {MAX_PROMPT} pieces; its end is left out", file=sys.stderr)
 
     lines, bad = [], []
-    for start in range(0, len(files), cfg.batch):
+    for start in range(0, len(groups), cfg.batch):
         good, images = [], []
-        for file in files[start : start + cfg.batch]:
+        for group in groups[start : start + cfg.batch]:
             try:
-                images.append(image_to_tensor(load_image(file), size))
-                good.append(file)
+                images.append(torch.stack([image_to_tensor(load_image(file), size) for file in group]))
+                good.append(group)
             except ImageError as error:
                 bad.append(error)
         if not good:
             continue
         prompt = torch.tensor([ids] * len(good), device=device)
-        found = generate(model, torch.stack(images)[:, None].to(device), prompt, decoding=decoding, vocab=len(tokenizer),
-                         allowed=allowed)  # fmt: skip
-        for file, hypotheses in zip(good, found):
+        stream = Stream(tokenizer) if cfg.stream else None
+        found = generate(model, torch.stack(images).to(device), prompt, decoding=decoding, vocab=len(tokenizer), allowed=allowed,
+                         on_token=stream)  # fmt: skip
+        for group, hypotheses in zip(good, found):
             texts = [" ".join(tokenizer.decode(h.ids).split()) for h in hypotheses]
-            lines.append(json.dumps(dict(image=str(file), lang=lang, prompt=question, text=texts[0], texts=texts), ensure_ascii=False))
-            if not cfg.out:
+            names = [str(file) for file in group]
+            lines.append(json.dumps(dict(image=names if cfg.together else names[0], lang=lang, prompt=question, text=texts[0], texts=texts),
+                                    ensure_ascii=False))  # fmt: skip
+            if stream is not None:
+                print(texts[0][len(stream.shown) :] if texts[0].startswith(stream.shown) else f"\n{texts[0]}", flush=True)
+            elif not cfg.out:
                 for text in texts:
-                    print(text if len(files) == 1 else f"{json.dumps(str(file), ensure_ascii=False)[1:-1]}\t{text}", flush=True)
+                    print(text if len(groups) == 1 else f"{json.dumps(names[0], ensure_ascii=False)[1:-1]}\t{text}", flush=True)
     if out is not None:
         # A file name that is not UTF-8 holds lone surrogates; "\udcff" is what JSON itself writes for them.
         data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
@@ -151,9 +231,9 @@ def main(argv: list[str]) -> int:
             write_atomic(out, lambda path: path.write_bytes(data))
     for error in bad:
         print(f"sample.py: error: {error}", file=sys.stderr)
-    if len(files) > 1 and bad:
-        print(f"sample.py: {len(bad)} of {len(files)} pictures could not be read", file=sys.stderr)
-    return 0 if not bad else 2 if len(bad) == len(files) else 1
+    if len(groups) > 1 and bad:
+        print(f"sample.py: {len(bad)} of {len(groups)} pictures could not be read", file=sys.stderr)
+    return 0 if not bad else 2 if len(bad) == len(groups) else 1
 
 
 if __name__ == "__main__":

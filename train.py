@@ -1,14 +1,15 @@
 """Train nanomblip: `python train.py --lang_mix all`.
 
 Reads top to bottom: config, data, model, what is trained, the loop, evaluation, record. Everything a run makes goes to
-out/<run>/: the model in the official layout (config.json, model.safetensors, preprocessor_config.json, spiece.model),
-loss.csv and validation.csv, state.safetensors (to go on from), train.json (the config) and record.json (the results).
+out/<run>/: the model in the official layout (config.json, model.safetensors, preprocessor_config.json, spiece.model; with --lora the
+LoRA merged into it, in floats also with --int8, and the LoRA alone in adapter/, as `peft` writes it), loss.csv and validation.csv, state.safetensors (to go on from), train.json (the config) and record.json (the results).
 
 Every random choice is a function of (seed, step), so `--resume out/<run>` ends with the same bits as an uninterrupted run
 on the same machine. Ctrl-C and SIGTERM save and exit.
 """
 
 import math
+import os
 import platform
 import random
 import shutil
@@ -29,14 +30,24 @@ from nanomblip.emoji import ROOT as DATA
 from nanomblip.emoji import load_emoji
 from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
+from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
+from nanomblip.imitate import imitation_loss, name_places
+from nanomblip.int8 import THRESHOLD, Int8Linear
+from nanomblip.jsonmix import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
+from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
 from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.mixture import Batches, Mixture, parse_tasks
+from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import digest, load_mblip, load_mt5, read_json, save_mblip, write_json
+from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
+                               save_merged, save_processor, save_trained, write_json)  # fmt: skip
+
+HERE = Path(__file__).resolve().parent
+LARGE = 500_000_000  # parameters, from which on --save auto writes the trained parts alone
+LARGEST_CACHE = 4_000_000_000  # bytes of what the ViT sees
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -48,24 +59,39 @@ class Config:
     lang_mix: str = flag("all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi")
     lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
-    tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
+    tasks: str = flag("caption", "tasks and their shares, each with :weight: " + ", ".join(TASKS))
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
-    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --blip2, the language model of --llm, a fresh "
+    data_share: float = flag(1.0, "share of the training pictures that is used")
+    mixture: str = flag("", "train on the paper's data instead of the embedded: a JSON file in the released format, or FILE:weight,FILE:weight")
+    image_root: str = flag("", "with --mixture: the folder of its pictures")
+    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
                               "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
-    blip2: str = flag("weights/nano/blip2", "with --init blip2: the folder that can see, made by weights/make_nano.py blip2")
-    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model's folder, made by weights/make_nano.py mt0; "
-                                        "random = fresh weights of the same size, for comparison")
-    align: int = flag(100, "with --init blip2: first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
+    vision: str = flag("weights/nano/blip2", "with --init blip2: the model that can see: a folder, as made by weights/make_nano.py blip2, or "
+                                             "blip2-flan-t5-xl, which is fetched (its own language model is not)")  # fmt: skip
+    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
+                                        "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
+    vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
+    imitate: float = flag(0.8, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
+                               "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
+    align: int = flag(100, "with --init blip2 and without --imitate: first steps that train the projection alone, so that a fresh one does "
+                           "not spoil the Q-Former")  # fmt: skip
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
-    steps: int = flag(1500, "optimizer steps")
+    lora: str = flag("none", "layers of the language model that get LoRA: all (as in the paper), qv, or none", ("all", "qv", "none"))
+    lora_r: int = flag(8, "LoRA's rank")
+    lora_alpha: float = flag(16.0, "LoRA's factor is alpha / r")
+    lora_dropout: float = flag(0.05, "share of LoRA's input that is dropped in training")
+    lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
+    int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
+    int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
+    steps: int = flag(2400, "optimizer steps, those of --imitate or --align included")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
-                                  "auto = muon when everything starts from random weights, else adamw",
+                                  "auto = muon for nano, else adamw",
                           ("auto", "adamw", "muon"))  # fmt: skip
-    lr: float = flag(1e-3, "AdamW's peak learning rate")
+    lr: float = flag(2e-3, "AdamW's peak learning rate; the paper's, at full size, is 1e-5")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
@@ -78,6 +104,9 @@ class Config:
     eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
     eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
     save_every: float = flag(120.0, "seconds between checkpoints")
+    save: str = flag("auto", "what is written: whole = the whole model, trained = the trained parts alone and where the bases of --init blip2 "
+                             "are; auto = trained for more than 500 million parameters", ("auto", "whole", "trained"))  # fmt: skip
+    merge: bool = flag(False, "at the end also write the whole model, LoRA merged, for transformers, to merged/ in the run's folder")
     workers: int = flag(0, "processes that prepare batches; cannot change the data")
     device: str = flag("auto", "auto, cpu or cuda")
     out: str = flag("out", "folder of all runs")
@@ -90,9 +119,23 @@ class Config:
             value = getattr(self, name)
             if not low <= value < 2**63:  # written so that nan fails too
                 raise ValueError(f"--{name} {value}: at least {low}, below 2**63")
-        for name in ("lr", "muon_lr", "clip"):
+        for name in ("lr", "muon_lr", "lora_lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a positive number")
+        try:
+            check_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
+        except ValueError as error:
+            raise ValueError(f"--lora_r, --lora_alpha, --lora_dropout: {error}") from None
+        if not 0 <= self.int8_threshold < math.inf:
+            raise ValueError(f"--int8_threshold {self.int8_threshold}: at least 0")
+        if self.int8 and (self.init == "random" or (self.init == "blip2" and self.llm == "random")):
+            raise ValueError("--int8 with a random language model: there is nothing to keep frozen; give --llm or --init a folder")
+        if not 0 < self.data_share <= 1:
+            raise ValueError(f"--data_share {self.data_share}: above 0, at most 1")
+        if bool(self.mixture) != bool(self.image_root):
+            raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
+        if not 0 <= self.imitate <= 1:
+            raise ValueError(f"--imitate {self.imitate}: a share of the steps, between 0 and 1")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
@@ -124,35 +167,51 @@ def resumed_config(cfg: Config, argv: list[str]) -> Config:
 # -------------------------------------------------------------------------------------------------- what is trained
 
 
-def model_parts(model: MBLIP) -> dict[str, list[nn.Module | nn.Parameter]]:
-    """The parts as the paper counts them."""
-    return {"ViT": [model.vit], "Q-Former": [model.qformer], "queries": [model.queries],
-            "projection": [model.proj], "language model": [model.mt5]}  # fmt: skip
+def model_parts(model: MBLIP) -> dict[str, list[nn.Module | torch.Tensor]]:
+    """The parts as the paper counts them; LoRA, where there is any, apart from the language model that it adapts."""
+    parts = {"ViT": [model.vit], "Q-Former": [model.qformer], "queries": [model.queries],
+             "projection": [model.proj], "language model": [model.mt5]}  # fmt: skip
+    lora = [p for layer in lora_layers(model.mt5).values() for p in (layer.A, layer.B)]
+    if lora:
+        own = {id(p) for p in lora}
+        parts["language model"] = [t for t in tensors_of(model.mt5) if id(t) not in own]
+        parts["LoRA"] = lora
+    return parts
+
+
+def parameter_count(tensors) -> int:
+    """Numbers that a model consists of; the scales of int8 layers are a way of writing them, not more of them."""
+    return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) or t.dtype == torch.int8)
+
+
+def tensors_of(piece: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    """Everything a part consists of, the codes and scales of int8 layers included."""
+    return [*piece.parameters(), *piece.buffers()] if isinstance(piece, nn.Module) else [piece]
 
 
 TRAINED = {
     "projection": ("projection",),
-    "all": ("Q-Former", "queries", "projection"),
+    "all": ("Q-Former", "queries", "projection", "LoRA"),
     "everything": ("ViT", "Q-Former", "queries", "projection", "language model"),
 }
 
 
-def build_mblip(blip2: Path, llm: str) -> MBLIP:
+def base_folder(name: str, skip: str | None = None) -> Path:
+    """The folder of a base; the official ones are fetched into weights/ once. skip: as in `hub.download`."""
+    return download(name, HERE / "weights" / name, skip) if name in MODELS else Path(name)
+
+
+def build_mblip(vision: Path, llm: Path | str, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
 
-    llm: a folder in the official layout, or "random": fresh weights of nano's size. ValueError where the two do not use the same
-    pieces: then a prompt would mean something else to each.
+    vision, llm: folders in the official layout; llm may be "random": fresh weights of nano's size. Types: as in `load_mblip`.
     """
-    model = load_mblip(blip2)
     if llm == "random":
         mt5 = MT5(PRESETS["nano"].mt5)
         mt5.init_weights()
     else:
-        mt5 = load_mt5(llm)
-        if (Path(llm) / "spiece.model").read_bytes() != (blip2 / "spiece.model").read_bytes():
-            raise ValueError(f"--llm {llm}: its spiece.model is not the one of --blip2 {blip2}")
-    model.exchange_language_model(mt5)
-    return model
+        mt5 = load_mt5(llm, llm_dtype=llm_dtype)
+    return load_vision(vision, mt5, vision_dtype=vision_dtype)
 
 
 def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
@@ -168,19 +227,24 @@ def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.O
     AdamW has two groups. Decayed are the matrices of linear, convolution and embedding layers, found by module type;
     norms, biases, position tables and queries are not: pulling a norm towards 0 or a query towards the others helps
     nobody. (The original code went by substrings and so decayed the Q-Former's first norm, spelled "layernorm".)
+    LoRA's matrices are a third group, with a learning rate of their own.
     """
-    decayed, rest, hidden = [], [], []
+    decayed, rest, hidden, lora = [], [], [], []
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
-            if isinstance(module, nn.Linear) and name == "weight" and ".blocks." in path and kind == "muon":
+            if isinstance(module, LoRALinear):
+                lora.append(p)
+            elif isinstance(module, nn.Linear) and name == "weight" and ".blocks." in path and kind == "muon":
                 hidden.append(p)
             elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name == "weight":
                 decayed.append(p)
             else:
                 rest.append(p)
     groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    if lora:
+        groups.append(dict(params=lora, weight_decay=cfg.weight_decay, lr=cfg.lora_lr))
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01))
@@ -190,16 +254,16 @@ def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.O
 def parts_table(model: MBLIP, optimizers: list[torch.optim.Optimizer]) -> str:
     """For people, before step 0: parameters, what is trained, type, bytes and peak learning rates of each part."""
     rate_of = {p: f"{type(o).__name__} {g['lr']:g}" for o in optimizers for g in o.param_groups for p in g["params"]}
-    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>10}{'MB':>9}  optimizer and peak rate"]
+    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'type':>23}{'MB':>10}  optimizer and peak rate"]
     total = [0, 0, 0]
     for name, pieces in model_parts(model).items():
-        ps = [p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])]
-        row = [sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad), sum(p.nbytes for p in ps)]
+        ps = [t for piece in pieces for t in tensors_of(piece)]
+        row = [parameter_count(ps), sum(p.numel() for p in ps if p.requires_grad), sum(p.nbytes for p in ps)]
         total = [a + b for a, b in zip(total, row)]
         kind = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in ps}))
         rates = ", ".join(sorted({rate_of[p] for p in ps if p in rate_of})) or "frozen"
-        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>10}{row[2] / 1e6:>9.1f}  {rates}")
-    return "\n".join([*lines, f"{'all':<16}{total[0]:>14,}{total[1]:>14,}{'':>10}{total[2] / 1e6:>9.1f}"])
+        lines.append(f"{name:<16}{row[0]:>14,}{row[1]:>14,}{kind:>23}{row[2] / 1e6:>10.1f}  {rates}")
+    return "\n".join([*lines, f"{'all':<16}{total[0]:>14,}{total[1]:>14,}{'':>23}{total[2] / 1e6:>10.1f}"])
 
 
 def add_checkpointing(model: MBLIP) -> None:
@@ -260,35 +324,60 @@ def main(argv: list[str]) -> int:
     if not mix:
         raise ValueError("--hold_out_langs leaves no language to train on")
     mix = {lang: p / sum(mix.values()) for lang, p in mix.items()}
-    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed)
+    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed, share=cfg.data_share)
     language_id = LanguageID(emoji.names)
 
-    # Model: from random weights or from a folder, then what is frozen.
+    # Model: from random weights or from a folder, its language model in int8 and with LoRA if wanted, then what is frozen.
+    train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
+    if cfg.lora != "none" and train != "all":
+        raise ValueError(f"--lora {cfg.lora} goes with --train all, where it is trained with the rest; here --train is {train}")
+    for flag_name, is_rounded in (("int8", cfg.int8), ("vision_dtype", cfg.vision_dtype != "fp32")):
+        if is_rounded and train == "everything":
+            raise ValueError(f"--{flag_name} is for a frozen part; --train everything trains it")
     torch.manual_seed(cfg.seed)
+    llm_dtype = "int8" if cfg.int8 else None
     if cfg.init == "random":
         source = DATA
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
     elif cfg.init == "blip2":
-        source = Path(cfg.blip2)
-        model = build_mblip(source, cfg.llm)
+        vision, llm = base_folder(cfg.vision, skip="language_"), cfg.llm if cfg.llm == "random" else base_folder(cfg.llm)
+        model = build_mblip(vision, llm, cfg.vision_dtype, llm_dtype)
+        source = vision if llm == "random" else llm
     else:
-        source = Path(cfg.init)
-        model = load_mblip(source)
+        vision = llm = source = Path(cfg.init)
+        model = load_mblip(source, vision_dtype=cfg.vision_dtype, llm_dtype=llm_dtype)
+    rounded = cfg.int8 or cfg.vision_dtype != "fp32"
+    if (rounded or cfg.lora != "none") and cfg.init != "random" and llm != "random" and "quantization_config" in read_json(llm / "config.json"):
+        raise ValueError(f"{llm}: holds int8; what LoRA has learned is merged into the weights as they were before they were rounded: start from those")
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
-    if image.size != emoji.pictures.shape[1]:
-        raise ValueError(f"--init {cfg.init}: its ViT wants pictures of {image.size}, the embedded ones have {emoji.pictures.shape[1]}")
-    train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
+    for layer in (m for m in model.mt5.modules() if isinstance(m, Int8Linear)):
+        layer.threshold = cfg.int8_threshold
+    if cfg.lora != "none":
+        add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    measurable = not cfg.mixture or image.size == emoji.pictures.shape[1]  # else the model is for other pictures than the embedded ones
     mark_trainable(model, TRAINED[train])
     model.to(device)
+    originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source  # what is held rounded is written as it was before
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("mt5.")]
+    has_bases = isinstance(originals, tuple) and train != "everything"
+    parts_only = cfg.save == "trained" or (cfg.save == "auto" and has_bases and parameter_count(tensors_of(model)) > LARGE)
+    if parts_only and not has_bases:
+        raise ValueError("--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole")
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
     batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
+    data = (f"{len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
+            f"{sum(map(len, mixture.usable.values())):,} names")  # fmt: skip
+    if cfg.mixture:
+        mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False))
+        batches = JsonBatches(mixture, tokenizer, image, cfg.batch, cfg.image_root, folder / "unusable_pictures.tsv", crop=cfg.crop)
+        data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
 
     # Optimizers, and where to go on.
-    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if (train, cfg.init) == ("everything", "random") else "adamw"
+    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"
     optimizers = build_optimizers(model, kind, cfg)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -299,19 +388,36 @@ def main(argv: list[str]) -> int:
     step, seconds = state.load() if cfg.resume else (0, 0.0)
     if not cfg.resume:
         write_json(folder / "train.json", asdict(cfg))
+    if cfg.mixture:
+        mixture.keep_identity(folder / "mixture.json")
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
 
+    if parts_only:
+        fingerprint = frozen_fingerprint(model, trained, vision, llm)
+        bases = [os.path.relpath(base.resolve(), folder.resolve()) for base in (vision, llm)]
+
+    spoken = None if cfg.mixture else mix  # the languages that the model says it answers in
+
     def save():
         state.save(step, seconds)
-        save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
+        if parts_only:
+            save_trained(model, folder, trained, *bases, len(tokenizer), spoken, fingerprint)
+        elif rounded or cfg.lora != "none":
+            save_merged(model, folder, len(tokenizer), originals, spoken)
+        else:
+            save_mblip(model, folder, image_token=len(tokenizer), languages=spoken)
+        if cfg.lora != "none":
+            save_adapter(model.mt5, folder / "adapter")
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
-    print(f"data    {len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
-          f"{sum(map(len, mixture.usable.values())):,} names; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")  # fmt: skip
+    print(f"data    {data}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
     print(parts_table(model, optimizers), flush=True)
 
+    size = len(emoji.cells) * batches.views * model.cfg.vit.tokens * model.cfg.vit.width * 4
+    if size > LARGEST_CACHE:
+        raise ValueError(f"--views {cfg.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0, which runs it at every step")
     features = cache_features(model, batches, device) if batches.views else None
     loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
     validation_log = Log(folder / "validation.csv", ("step", "english_exact", "other_exact", "other_in_language"), step)
@@ -321,7 +427,13 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
-    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection"
+    imitating = round(cfg.imitate * cfg.steps) if cfg.init == "blip2" and not cfg.mixture and train != "everything" else 0
+    if imitating:
+        english = [emoji.names["en"][concept] for concept in emoji.concepts]
+        names = model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()  # (C, Q, D)
+        index = {concept: i for i, concept in enumerate(emoji.concepts)}
+        shown = torch.tensor([index[concept] for concept, _ in emoji.cells], device=device)  # (P,)
+    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection" and not imitating
     if aligning:  # what has no gradient is passed over by the optimizers, and costs no backward pass
         mark_trainable(model, ("projection",))
     while step < cfg.steps:
@@ -341,7 +453,10 @@ def main(argv: list[str]) -> int:
                 with torch.set_grad_enabled(not vit_is_frozen):
                     seen = model.image_features(batch["image"])
             model.train()
-            _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
+            if step < imitating:
+                loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
+            else:
+                _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
             (loss / cfg.accumulate).backward()
             total_loss += loss.item() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
@@ -358,7 +473,7 @@ def main(argv: list[str]) -> int:
         average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
         bar.update(1)
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
-        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+        if cfg.eval_every and measurable and step % cfg.eval_every == 0 and step < cfg.steps:
             results, _ = evaluate(model, tokenizer, image, emoji, mix, language_id, 5, ("validation",))
             english, other = summary(results["validation"])
             validation_log.add(step, english["exact"], other["exact"], other["in_language"])
@@ -380,24 +495,31 @@ def main(argv: list[str]) -> int:
     # What it can do now: fixed splits, greedy captions.
     progress = tqdm(desc="evaluate", unit="caption", leave=False)
     results, examples = evaluate(model, tokenizer, image, emoji, (*mix, *held_out), language_id, cfg.eval_pictures,
-                                 MEASUREMENTS, progress)  # fmt: skip
+                                 MEASUREMENTS if measurable else (), progress)  # fmt: skip
     progress.close()
-    print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
-    print("held-out pictures: language, what it is, its name, the model's answer")
+    if cfg.mixture and (problems := unusable_pictures(batches.report)):
+        print(f"\n{problems}", file=sys.stderr)
+    if results:
+        print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
+        print("held-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
     record = dict(
         config=asdict(cfg), trained=train, seconds=round(seconds, 1), examples_seen=cfg.steps * cfg.accumulate * cfg.batch,
-        final_loss=loss_log.recent_mean(1), parameters=sum(p.numel() for p in model.parameters()),
+        final_loss=loss_log.recent_mean(1), parameters=parameter_count(tensors_of(model)),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=str(device),
-        model_sha256=digest(dict(model.named_parameters())),
+        model_sha256=digest(model.state_dict()),
         summary={which: dict(zip(("english", "other"), summary(r))) for which, r in results.items()},
         results=results, samples=examples,
     )  # fmt: skip
     write_json(folder / "record.json", record)
+    if cfg.merge:
+        save_merged(model, folder / "merged", len(tokenizer), originals, spoken)
+        save_processor(folder / "merged", folder, model.cfg.queries)
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
-          f"  python sample.py --model {folder} --image data/cat.png --lang sw")  # fmt: skip
+          f"  python sample.py --model {folder}{f' --adapter {folder}/adapter' if parts_only and cfg.lora != 'none' else ''} "
+          "--image data/cat.png --lang sw")  # fmt: skip
     return 0
 
 

@@ -140,27 +140,39 @@ def eval_mode(model):
 
 
 def next_logits(mt5, ids, memory, mask, cache):
-    """Logits of the piece after ids (R, T), of which the cache knows all but the last: fp32 (R, V)."""
+    """Logits of the piece after ids (R, T), of which the cache knows all but the last: fp32 (R, V), and log sum exp of each row (R,)."""
     logits = mt5.decode(ids[:, -1:], memory, mask, cache)[:, -1].float()  # (R, 1, V) -> (R, V)
-    if not logits.isfinite().all():
+    lse = logits.logsumexp(-1)
+    if not (lse.isfinite().all() and logits.sum(-1).isfinite().all()):  # the sum sees -inf, which the exponential hides
         raise ValueError("the model's output is not finite: are its weights damaged, or in fp16, in which mT5 overflows?")
-    return logits
+    return logits, lse
 
 
 def steer(scores, ids, may, decoding, eos):
-    """Apply what `decoding` asks of single pieces to scores (logits or log-probabilities) fp32 (R, V).
+    """Apply what `decoding` asks of single pieces to scores (logits or log-probabilities) fp32 (R, V), in place; -inf = impossible.
 
-    ids: long (R, T), start included; may: bool (B, V), where R is a multiple of B. Returns (R, V), -inf = impossible.
+    ids: long (R, T), start included; may: bool (B, V), where R is a multiple of B. Returns scores.
     """
     if decoding.repetition_penalty != 1:
         # Seen pieces only, each once; the sign decides which way is down. The start token counts, as in transformers.
         seen = scores.gather(1, ids)  # (R, T)
         seen = torch.where(seen < 0, seen * decoding.repetition_penalty, seen / decoding.repetition_penalty)
-        scores = scores.scatter(1, ids, seen)
-    scores = scores.unflatten(0, (len(may), -1)).masked_fill(~may[:, None], -inf).flatten(0, 1)  # by (B, R/B, V)
+        scores.scatter_(1, ids, seen)
+    scores.unflatten(0, (len(may), -1)).masked_fill_(~may[:, None], -inf)  # by (B, R/B, V)
     if ids.shape[1] - 1 < decoding.min_new_tokens:
         scores[:, eos] = -inf
     return scores
+
+
+def best_pieces(scores, k):
+    """`scores.topk(k)` of fp32 (R, V), eight times as fast over 250,112 pieces: the k best lie in the k runs of 64 with the best maxima."""
+    R, V = scores.shape
+    if V % 64 or k * 64 > V:
+        return scores.topk(k)
+    runs = scores.view(R, -1, 64)  # (R, V/64, 64)
+    run = runs.amax(-1).topk(k).indices  # (R, k)
+    values, place = runs.gather(1, run[:, :, None].expand(-1, -1, 64)).flatten(1).topk(k)  # (R, k), of k*64
+    return values, run.gather(1, place // 64) * 64 + place % 64
 
 
 def draw(scores, decoding, generators):
@@ -189,10 +201,11 @@ def write_one_each(mt5, memory, mask, may, decoding, seeds, on_token):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     cache = KVCache(len(mt5.decoder.blocks))
     for length in range(1, decoding.max_new_tokens + 1):
-        logits = next_logits(mt5, ids, memory, mask, cache)
-        scores = steer(logits, ids, may, decoding, eos)
+        logits, lse = next_logits(mt5, ids, memory, mask, cache)
+        # A repetition penalty changes pieces that may be chosen all the same; the score is the model's own.
+        scores = steer(logits if decoding.repetition_penalty == 1 else logits.clone(), ids, may, decoding, eos)
         piece = draw(scores, decoding, generators) if decoding.do_sample else scores.argmax(-1)  # (R,)
-        total = total + logits.log_softmax(-1).gather(1, piece[:, None])[:, 0]
+        total = total + logits.gather(1, piece[:, None])[:, 0] - lse
         ids = torch.cat([ids, piece[:, None]], dim=1)  # (R, 1 + length)
         if on_token is not None and piece[0] != eos:
             on_token(ids[0, 1:].tolist())
@@ -216,6 +229,8 @@ def beam_search(mt5, memory, mask, may, decoding):
     are taken only if among the best W. A sample is finished when it has W ended texts and (unless `early_stopping`, when
     that is enough) the best open one, taken as if it ended here, would not beat the worst of them. That is a heuristic:
     with a length penalty above 0 the open text might still get better. It is the rule of transformers.
+
+    The encoder's output, and the keys and values made of it, are there once a sample: its beams are queries side by side.
     """
     eos, V, W = mt5.cfg.eos, mt5.cfg.vocab, decoding.num_beams
     if 2 * W > V:
@@ -227,11 +242,13 @@ def beam_search(mt5, memory, mask, may, decoding):
     cache = KVCache(len(mt5.decoder.blocks))
     for length in range(1, decoding.max_new_tokens + 1):
         # In the first step a sample has one row, the start token; from the second on W, in one block.
-        scores = next_logits(mt5, ids, memory, mask, cache).log_softmax(-1)  # (A*W, V)
-        scores = steer(scores, ids, may, decoding, eos).view(*total.shape, V) + total[:, :, None]  # (A, W, V)
+        logits, lse = next_logits(mt5, ids, memory, mask, cache)  # (A*W, V), (A*W,)
+        scores, pieces = best_pieces(steer(logits.sub_(lse[:, None]), ids, may, decoding, eos), 2 * W)  # (A*W, 2W)
+        scores = scores.view(*total.shape, 2 * W) + total[:, :, None]  # (A, W, 2W): more than the best 2W of a row cannot matter
         best, index = scores.flatten(1).topk(2 * W)  # (A, 2W), best first
         block = torch.arange(len(samples), device=index.device)[:, None] * total.shape[1]  # (A, 1), where it starts
-        row, piece = block + index // V, index % V  # (A, 2W): which beginning goes on with what
+        row = block + index // (2 * W)  # (A, 2W): which beginning goes on,
+        piece = pieces.view(len(samples), -1).gather(1, index)  # and with what
         ends = (piece == eos) | (length == decoding.max_new_tokens)  # (A, 2W)
         # A score of -inf means "there is none": with few pieces allowed there may be less than 2W continuations.
         for a, c in (ends[:, :W] & (best[:, :W] > -inf)).nonzero().tolist():
@@ -251,10 +268,8 @@ def beam_search(mt5, memory, mask, may, decoding):
         kept = torch.tensor(going, device=memory.device)
         rows = row.gather(1, choice)[kept].flatten()  # (A*W,), A from here on without the finished samples
         ids = torch.cat([ids[rows], piece.gather(1, choice)[kept].flatten()[:, None]], dim=1)  # (A*W, 1 + length)
-        if length == 1 or len(going) < len(samples):
-            samples, total, may = [samples[a] for a in going], total[kept], may[kept]
-            memory, mask = memory[rows], mask[rows]
-            cache.reorder(rows)
-        else:  # rows only move within their sample, for which the keys and values of the encoder's output are the same
-            cache.reorder(rows, memory=False)
+        total, leaving = total[kept], len(going) < len(samples)
+        cache.reorder(rows, memory=kept if leaving else False)
+        if leaving:
+            samples, may, memory, mask = [samples[a] for a in going], may[kept], memory[kept], mask[kept]
     return [pool[: decoding.num_return] for pool in pools]

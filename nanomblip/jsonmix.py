@@ -21,8 +21,8 @@ import json
 import os
 import random
 import re
-from array import array
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,9 @@ from nanomblip.image import EXTENSIONS, ImageConfig, ImageError, augment_image, 
 from nanomblip.mixture import Batches, Example
 from nanomblip.prompts import CAPTION, CAPTION_UNNAMED
 from nanomblip.tokenizer import Tokenizer, pad_rows
-from nanomblip.weights import write_atomic
+from nanomblip.weights import read_json, write_atomic, write_json
 
-CHUNK = 1 << 22  # characters or bytes read at a time
+CHUNK = 1 << 20  # characters or bytes read at a time
 LONGEST = 1 << 20  # characters of one example; more is damage, not an example
 HEAD = 4096  # bytes of the sidecar before the offsets
 FIELDS = ("context", "label", "image_id")
@@ -71,8 +71,6 @@ def check_example(row) -> str | None:
             row[name].encode()
         except UnicodeEncodeError:  # "\ud800" is allowed by JSON and cannot be written anywhere
             return f"{name!r} holds half a surrogate pair"
-    if not row["label"].strip():
-        return "'label' is empty: there is nothing to learn from it"
     return None
 
 
@@ -125,9 +123,10 @@ def scan(path: Path):
                         break
                     except (ValueError, RecursionError) as error:
                         if ended or len(text) - at > LONGEST:  # else it may only be cut by the end of what was read
-                            if next_char() == "" or (ended and getattr(error, "pos", 0) >= len(text.rstrip())):
+                            problem, there = getattr(error, "msg", type(error).__name__), getattr(error, "pos", at)
+                            if ended and (there >= len(text.rstrip()) or problem.startswith("Unterminated")):
                                 fail("the file ends in the middle of the array", len(text))
-                            fail(f"not JSON ({getattr(error, 'msg', type(error).__name__)})", getattr(error, "pos", at))
+                            fail(f"not JSON ({problem})", there)
                     more()
                 problem = check_example(row)
                 if problem:
@@ -151,25 +150,35 @@ def build_index(path: Path, progress=None) -> Path:
     """Write the sidecar of a mixture file and return its path. Raises MixtureError for a damaged file."""
     path = Path(path)
     sidecar = path.with_name(path.name + ".index")
-    before, offsets = fingerprint(path), array("Q")
-    for n, place in enumerate(scan(path)):
-        offsets.append(place)
-        if progress is not None and n % 4096 == 0:
-            progress.update(place - progress.n)
-    if fingerprint(path) != before:
-        raise MixtureError(f"{path} changed while it was indexed; start again when it is complete")
-    header = json.dumps(dict(before, format=1, count=len(offsets) - 1)).encode().ljust(HEAD)
+    before = fingerprint(path)
 
     def write(temporary):
+        count = -1  # the last place is the end of the array
         with open(temporary, "wb") as file:
-            file.write(header)
-            np.frombuffer(offsets, np.uint64).astype("<u8", copy=False).tofile(file)
+            file.seek(HEAD)
+            for block in batched(scan(path), 1 << 14):
+                np.array(block, "<u8").tofile(file)
+                count += len(block)
+                if progress is not None:
+                    progress.update(block[-1] - progress.n)
+            if fingerprint(path) != before:
+                raise MixtureError(f"{path} changed while it was indexed; start again when it is complete")
+            file.seek(0)
+            file.write(json.dumps(dict(before, format=1, count=count)).encode().ljust(HEAD))
 
     try:
         write_atomic(sidecar, write)
     except OSError as error:
-        raise MixtureError(f"{sidecar} cannot be written ({error.strerror}); make a link to {path.name} in a folder of your own and give that") from None
+        advice = f"make a link to {path.name} in a folder of your own and give that"
+        raise MixtureError(f"{sidecar} cannot be written ({error.strerror}); {advice}") from None
     return sidecar
+
+
+def batched(values, size: int):
+    """Lists of up to `size` values. (itertools.batched is of Python 3.12.)"""
+    values = iter(values)
+    while block := list(islice(values, size)):
+        yield block
 
 
 class JsonExamples:
@@ -341,6 +350,15 @@ class JsonMixture:
             return [len(file) / len(self) for file in self.files]
         return [count / self.BLOCK for _, count in self.parts]
 
+    def keep_identity(self, path: Path) -> None:
+        """Write down which files a run is made of; MixtureError when `path` (of an earlier part of the run) names others."""
+        mine = [{key: file.identity[key] for key in ("size", "head", "tail")} for file in self.files]
+        if not Path(path).exists():
+            write_json(path, mine)
+        elif read_json(path) != mine:
+            names = ", ".join(str(file.path) for file in self.files)
+            raise MixtureError(f"--mixture: {names} changed since the run began ({path}); start a new run")
+
     def example(self, index: int, attempt: int = 0) -> Example:
         """Example number `index` (0, 1, 2 ...); attempt 1, 2, ... are the ones that take its place when its picture is unusable.
 
@@ -433,7 +451,8 @@ class JsonBatches(Batches):
                 except ImageError as error:
                     self.note(self.mixture.image_id(example.picture), str(error))
             else:
-                raise ValueError(f"--image_root {self.root}: {self.TRIES} examples in a row have no usable picture, the last: {error_of(self.report)}")
+                raise ValueError(f"--image_root {self.root}: {self.TRIES} examples in a row have no usable picture, "
+                                 f"the last: {error_of(self.report)}")  # fmt: skip
         return dict(
             picture=torch.tensor([example.picture for example, _, _ in rows]),
             prompt=pad_rows([prompt for _, prompt, _ in rows], self.tokenizer.pad),

@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanomblip.int8 import Int8Linear, quantize_rows
+
 # Names of linear layers in mt5.py: the paper adapts all of them; q and v are the choice of the LoRA paper.
 LORA_TARGETS = {"all": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), "qv": ("q", "v")}
 
@@ -30,11 +32,11 @@ class LoRALinear(nn.Module):
         check_lora(r, alpha, dropout)
         self.base = base.requires_grad_(False)  # float or int8
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
-        where = dict(dtype=torch.float32, device=base.weight.device)
+        where = dict(dtype=torch.float32, device=(base.SCB if isinstance(base, Int8Linear) else base.weight).device)
         self.A = nn.Parameter(torch.empty(r, base.in_features, **where))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, **where))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in +-1/sqrt(in), as the original code has it
-        self.unmerged = None  # the bits of W while B A is merged into it
+        self.unmerged = None  # W, or its codes and scales, while B A is merged into it
         self.train(base.training)  # a fresh module would drop out even inside a model in eval mode
 
     @property
@@ -50,12 +52,19 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W becomes W + s B A. ValueError if it is merged already, if W is int8, or if the sum is not finite."""
+        """W becomes W + s B A. An int8 W is dequantised for it and then quantised freshly, so it moves by up to half a step of its own.
+
+        ValueError if it is merged already, or if the sum is not finite.
+        """
         if self.unmerged is not None:
             raise ValueError("LoRA is merged already; unmerge it first")
-        if not self.base.weight.is_floating_point():
-            raise ValueError("LoRA cannot be merged into an int8 layer; load the layer in floating point first")
-        merged = (self.base.weight.float() + self.scale * self.B @ self.A).to(self.base.weight.dtype)
+        change = self.scale * self.B @ self.A
+        if isinstance(self.base, Int8Linear):
+            weight, scale = quantize_rows((self.base.dequantized() + change).half())
+            self.unmerged = self.base.weight, self.base.SCB
+            self.base.replace(weight, scale)
+            return
+        merged = (self.base.weight.float() + change).to(self.base.weight.dtype)
         if not merged.isfinite().all():
             raise ValueError(f"LoRA merged into {self.base.weight.dtype} is not finite")
         self.unmerged = self.base.weight.data
@@ -66,7 +75,11 @@ class LoRALinear(nn.Module):
         """W becomes what it was, to the bit (it was kept: subtracting would round). ValueError if it is not merged."""
         if self.unmerged is None:
             raise ValueError("LoRA is not merged")
-        self.base.weight.data, self.unmerged = self.unmerged, None
+        if isinstance(self.base, Int8Linear):
+            self.base.replace(*self.unmerged)
+        else:
+            self.base.weight.data = self.unmerged
+        self.unmerged = None
 
 
 def check_lora(r: int, alpha: float, dropout: float) -> None:
@@ -80,8 +93,8 @@ def check_lora(r: int, alpha: float, dropout: float) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer of any kind: torch's own, or the one of int8.py, known by the two sizes they share."""
-    return not isinstance(module, LoRALinear) and hasattr(module, "in_features") and hasattr(module, "out_features")
+    """A linear layer, in floating point or in int8."""
+    return isinstance(module, (nn.Linear, Int8Linear))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

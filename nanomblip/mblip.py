@@ -97,7 +97,7 @@ class MBLIP(nn.Module):
     def image_tokens(self, features):
         """What the language model sees of it: features (B, I, N, Dv) -> (B, I*Q, D), image after image."""
         B, I = features.shape[:2]
-        x = self.qformer(self.queries.expand(B * I, -1, -1), features.flatten(0, 1))  # (B*I, Q, Dq)
+        x = self.qformer(self.queries.expand(B * I, -1, -1), features.flatten(0, 1).to(self.queries.dtype))  # (B*I, Q, Dq)
         return self.proj(x.unflatten(0, (B, I)).flatten(1, 2))  # (B, I*Q, D)
 
     def encode_image(self, image):
@@ -111,7 +111,7 @@ class MBLIP(nn.Module):
         by default everything but the pad id. Returns memory (B, L, D) and its mask (B, L).
         """
         mask = prompt != self.cfg.mt5.pad if prompt_mask is None else prompt_mask.bool()
-        text = self.mt5.embed(prompt)  # (B, S, D)
+        text = self.mt5.embed_pieces(prompt)  # (B, S, D)
         x = torch.cat([visual.to(text.dtype), text], dim=1)  # (B, L, D)
         mask = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1)  # (B, L)
         return self.mt5.encode(x, mask), mask

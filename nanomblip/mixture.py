@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from nanomblip import prompts
-from nanomblip.emoji import Emoji, pair_split
+from nanomblip.emoji import Emoji, pair_split, unit_hash
 from nanomblip.image import ImageConfig, augment_image
 from nanomblip.languages import LANGUAGES
 from nanomblip.prompts import CAPTION, EVAL_PROMPT, KEYWORDS, MATCH, NAMING  # noqa: F401, also known from here
@@ -142,17 +142,21 @@ class Mixture:
 
     emoji: the data; langs and tasks: probabilities, summing to 1; seed: of the run; split: which pictures ("train" or
     "val"); with split "train", only (language, concept) pairs of the train split appear, as targets or in a question.
+    share: of the pictures that are used, chosen by hash, so that a smaller share is part of a larger one.
     One epoch shows every picture once, each with one task in one language.
     """
 
-    def __init__(self, emoji: Emoji, langs: dict[str, float], tasks: dict[str, float], seed: int, split: str = "train"):
+    def __init__(self, emoji: Emoji, langs: dict[str, float], tasks: dict[str, float], seed: int, split: str = "train", share: float = 1.0):
         self.emoji, self.seed = emoji, seed
         self.langs, self.lang_weights = list(langs), list(langs.values())
         self.tasks, self.task_weights = list(tasks), list(tasks.values())
-        self.cells = emoji.cells_in(split)
+        self.cells = [p for p in emoji.cells_in(split) if share == 1 or unit_hash("share", *emoji.cells[p]) < share]
         # The concepts that may be asked for in each language, in Unicode's order.
         self.usable = {lang: [c for c in emoji.concepts if c in emoji.names[lang] and pair_split(lang, c) == "train"] for lang in langs}
         self.is_usable = {lang: set(concepts) for lang, concepts in self.usable.items()}
+        shown = {emoji.cells[p][0] for p in self.cells}
+        if not all(shown & concepts for concepts in self.is_usable.values()):
+            raise ValueError(f"--data_share {share}: {len(self.cells)} pictures are too few, a language has no name for any of them")
         self.order = lru_cache(maxsize=4)(self._order)
         self.available = lru_cache(maxsize=None)(self.has)
 
@@ -160,8 +164,8 @@ class Mixture:
         """Does CLDR have the phrases that a task needs in a language?"""
         if task in ("choice", "question") and len({self.emoji.names[lang][c] for c in self.usable[lang]}) < 3:
             return False
-        if task == "keywords" and not self.is_usable[lang] & set(self.emoji.keywords.get(lang, ())):
-            return False
+        if task == "keywords":
+            return any(self.emoji.cells[p][0] in self.is_usable[lang] & set(self.emoji.keywords.get(lang, ())) for p in self.cells)
         return all(phrase in self.emoji.phrases.get(lang, {}) for phrase in NEEDS.get(task, ()))
 
     def shares(self) -> dict[tuple[str, str], float]:

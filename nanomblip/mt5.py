@@ -108,7 +108,8 @@ class KVCache:
     """Keys and values that the decoder need not compute again while it writes one piece after another.
 
     `memory[i]` are layer i's cross-attention keys and values, computed from the encoder's output once;
-    `past[i]` its self-attention keys and values, one position longer after each call. All are (B, H, M, K).
+    `past[i]` its self-attention keys and values, one position longer after each call. All are (B, H, M, K). In beam search
+    several rows of the past, a sample's beams, share one row of the memory.
     """
 
     def __init__(self, layers: int):
@@ -124,13 +125,14 @@ class KVCache:
         self.past[layer] = (k, v)
         return k, v
 
-    def reorder(self, rows, memory: bool = True):
+    def reorder(self, rows, memory=True):
         """Row b becomes what row rows[b] was (rows: long (B',)); for beam search and for dropping finished rows.
 
-        Without `memory` only the past moves: enough, and cheaper, when rows stay within their sample.
+        memory: True = likewise, False = stays (enough when rows stay within their sample), or its own rows, long (A',).
         """
         self.past = [tuple(t.index_select(0, rows) for t in kv) for kv in self.past]
-        if memory:
+        if memory is not False:
+            rows = rows if memory is True else memory
             self.memory = [tuple(t.index_select(0, rows) for t in kv) for kv in self.memory]
 
 
@@ -212,7 +214,8 @@ class MT5DecoderBlock(nn.Module):
             if cache.memory[self.index] is None:
                 cache.memory[self.index] = self.cross_attn.keys_values(memory)
             kv = cache.memory[self.index]
-        x = x + self.dropout(self.cross_attn(self.norm_cross(x), kv, memory_bias))
+        h = self.norm_cross(x).reshape(len(kv[0]), -1, x.shape[-1])  # rows that share a memory become queries side by side
+        x = x + self.dropout(self.cross_attn(h, kv, memory_bias)).view_as(x)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -237,7 +240,8 @@ class MT5Encoder(nn.Module):
 class MT5Decoder(nn.Module):
     """forward: x float (B, T, D) embedded pieces, memory (B, L, D) from the encoder, memory_mask bool (B, L) -> (B, T, D).
 
-    With a `cache`, x holds only the new pieces: T of them after the len(cache) that went before.
+    With a `cache`, x holds only the new pieces: T of them after the len(cache) that went before. x may then have W rows, one
+    after the other, for each row of the memory: (B*W, T, D).
     """
 
     def __init__(self, cfg: MT5Config):
@@ -262,7 +266,7 @@ class MT5(nn.Module):
     """Encoder, decoder, one shared embedding and a separate output head.
 
     `encode` takes *embeddings*, because mBLIP puts projected picture vectors in front of the embedded prompt;
-    `decode` takes piece ids. forward: prompt ids (B, S), mask bool (B, S), decoder ids (B, T) -> logits (B, T, V).
+    `decode` takes piece ids. The type of the norms is that of all activations, also when the embedding is held in bf16 to save memory. forward: prompt ids (B, S), mask bool (B, S), decoder ids (B, T) -> logits (B, T, V).
     """
 
     def __init__(self, cfg: MT5Config):
@@ -293,13 +297,17 @@ class MT5(nn.Module):
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=cfg.width**-0.5)
 
+    def embed_pieces(self, ids):
+        """ids long (B, S) -> float (B, S, D), in the type of the activations."""
+        return self.embed(ids).to(self.decoder.norm.weight.dtype)
+
     def encode(self, embedded, mask):
         """embedded float (B, L, D), mask bool (B, L) -> memory (B, L, D)."""
         return self.encoder(embedded, mask)
 
     def decode(self, ids, memory, memory_mask, cache: KVCache | None = None):
         """ids long (B, T), memory (B, L, D), memory_mask bool (B, L) -> logits (B, T, V)."""
-        return self.lm_head(self.decoder(self.embed(ids), memory, memory_mask, cache))
+        return self.lm_head(self.decoder(self.embed_pieces(ids), memory, memory_mask, cache))
 
     def shift_right(self, labels):
         """The decoder's input for given labels (long (B, T), -100 = no loss): start token first, each label one later."""
@@ -307,4 +315,4 @@ class MT5(nn.Module):
         return F.pad(ids[:, :-1], (1, 0), value=self.cfg.pad)  # (B, T)
 
     def forward(self, prompt, mask, ids):
-        return self.decode(ids, self.encode(self.embed(prompt), mask), mask)
+        return self.decode(ids, self.encode(self.embed_pieces(prompt), mask), mask)

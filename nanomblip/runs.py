@@ -35,7 +35,7 @@ class State:
         self.extra = extra or {}  # name -> tensor, saved and restored in place with the rest
         self.path, self.older = folder / "state.safetensors", folder / "state.previous.safetensors"
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.frozen = digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
+        self.frozen = digest({name: t for name, t in model.state_dict().items() if name not in self.trained})  # int8 codes too
         self.optimizers = optimizers
 
     def save(self, step: int, seconds: float) -> None:

@@ -3,6 +3,7 @@
 pad = 0, eos = 1, unk = 2; there is no bos. Every encoded text ends with eos, and truncation never cuts it off.
 """
 
+import base64
 from pathlib import Path
 
 import sentencepiece
@@ -60,3 +61,65 @@ def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row)
     return out
+
+
+def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
+    """The same tokenizer as transformers reads it, without protobuf: contents of tokenizer.json and tokenizer_config.json.
+
+    image_token: id of the piece "<image>" that transformers puts in place of the picture's vectors, see `layout.config_to_hf`.
+    """
+    pieces, n = tokenizer.pieces, len(tokenizer)
+    special = [(0, pieces.id_to_piece(0)), (1, pieces.id_to_piece(1)), (2, pieces.id_to_piece(2)), (image_token, "<image>")]
+    added = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True) for i, text in special]
+    charsmap, squeeze = _normalizer(tokenizer.path.read_bytes())
+    normalizers = [dict(type="Precompiled", precompiled_charsmap=base64.b64encode(charsmap).decode())] if charsmap else []
+    if squeeze:
+        normalizers += [dict(type="Strip", strip_left=True, strip_right=True), dict(type="Replace", pattern=dict(Regex=" {2,}"), content=" ")]
+    space = dict(type="Metaspace", replacement="▁", prepend_scheme="always", split=True)
+    eos = dict(SpecialToken=dict(id=pieces.id_to_piece(1), type_id=0))
+    sequence = lambda which, type_id: dict(Sequence=dict(id=which, type_id=type_id))
+    model = dict(type="Unigram", unk_id=2, byte_fallback=any(pieces.is_byte(i) for i in range(min(n, 1000))),
+                 vocab=[[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(n)])  # fmt: skip
+    decoder = dict(type="Sequence", decoders=[dict(type="ByteFallback"), space]) if model["byte_fallback"] else space
+    return {
+        "tokenizer.json": dict(
+            version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder, model=model,
+            normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
+            post_processor=dict(type="TemplateProcessing", single=[sequence("A", 0), eos], pair=[sequence("A", 0), eos, sequence("B", 0), eos],
+                                special_tokens={special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])})),
+        "tokenizer_config.json": dict(
+            tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1], eos_token=special[1][1],
+            unk_token=special[2][1], clean_up_tokenization_spaces=False),
+    }  # fmt: skip
+
+
+def _normalizer(model: bytes) -> tuple[bytes, bool]:
+    """What a SentencePiece model does to a text first: its table of characters (field 2 of its field 3) and whether spaces are squeezed
+    (field 4 there, by default true). The file is a protobuf message: a list of numbered fields, numbers in 7 bits a byte."""
+    spec = dict(_fields(dict(_fields(model)).get(3, b"")))
+    return spec.get(2, b""), bool(spec.get(4, 1))
+
+
+def _fields(message: bytes):
+    """Number and value of each field of a protobuf message: int, or bytes."""
+    at = 0
+
+    def number():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = number()
+        if key & 7 == 0:
+            yield key >> 3, number()
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or number()
+        yield key >> 3, message[at : at + size]
+        at += size

@@ -5,13 +5,16 @@ means that every tensor of the file finds its place and every place gets its ten
 a `WeightsError` that names the key. Nothing is ever unpickled.
 
 A model is built on the meta device (shapes without memory) and filled one tensor at a time straight from the
-memory-mapped file, so that there are never two copies of it.
+memory-mapped file, so that there are never two copies of it. What is wanted in int8 or bf16 is converted on the way, some rows
+at a time: mBLIP mT0-XL is 19.3 GB on the disk and 5.8 GB in memory, and was at no moment more.
+
+A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is known (RECORD: files
+that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,229 +22,18 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanomblip.int8 import THRESHOLD, Int8Linear, quantize_rows
+from nanomblip.layout import (EMBED_ALIASES, MT5_KEYS, WeightsError, _expand, config_from_hf, config_to_hf, mt5_config_from_hf,
+                              mt5_config_to_hf, mt5_names, official_names, vision_config_from_hf)  # fmt: skip
 from nanomblip.lora import LoRALinear, check_lora, lora_layers
-from nanomblip.mblip import MBLIP, MBLIPConfig
-from nanomblip.mt5 import MT5, MT5Config
-from nanomblip.qformer import QFormerConfig
-from nanomblip.vit import ViTConfig
+from nanomblip.mblip import MBLIP
+from nanomblip.mt5 import MT5
+from nanomblip.tokenizer import Tokenizer, to_hf
 
-
-class WeightsError(ValueError):
-    """A weights file, or its config, that cannot be used; the message names the file, what is wrong and what to do."""
-
-
-# ---------------------------------------------------------------- names: official key -> ours, {} is the layer's number
-
-VIT_KEYS = {
-    "vision_model.embeddings.class_embedding": "vit.cls_token",
-    "vision_model.embeddings.position_embedding": "vit.pos_embed",
-    "vision_model.embeddings.patch_embedding.*": "vit.patch_embed.*",
-    "vision_model.encoder.layers.{}.layer_norm1.*": "vit.blocks.{}.norm1.*",
-    "vision_model.encoder.layers.{}.self_attn.qkv.*": "vit.blocks.{}.attn.qkv.*",
-    "vision_model.encoder.layers.{}.self_attn.projection.*": "vit.blocks.{}.attn.proj.*",
-    "vision_model.encoder.layers.{}.layer_norm2.*": "vit.blocks.{}.norm2.*",
-    "vision_model.encoder.layers.{}.mlp.fc1.*": "vit.blocks.{}.mlp.fc1.*",
-    "vision_model.encoder.layers.{}.mlp.fc2.*": "vit.blocks.{}.mlp.fc2.*",
-    "vision_model.post_layernorm.*": "vit.norm.*",
-}
-QFORMER_KEYS = {
-    "query_tokens": "queries",
-    "qformer.layernorm.*": "qformer.norm.*",
-    "qformer.encoder.layer.{}.attention.attention.query.*": "qformer.blocks.{}.attn.q.*",
-    "qformer.encoder.layer.{}.attention.attention.key.*": "qformer.blocks.{}.attn.k.*",
-    "qformer.encoder.layer.{}.attention.attention.value.*": "qformer.blocks.{}.attn.v.*",
-    "qformer.encoder.layer.{}.attention.output.dense.*": "qformer.blocks.{}.attn.out.*",
-    "qformer.encoder.layer.{}.attention.output.LayerNorm.*": "qformer.blocks.{}.norm1.*",
-    "qformer.encoder.layer.{}.crossattention.attention.query.*": "qformer.blocks.{}.cross_attn.q.*",
-    "qformer.encoder.layer.{}.crossattention.attention.key.*": "qformer.blocks.{}.cross_attn.k.*",
-    "qformer.encoder.layer.{}.crossattention.attention.value.*": "qformer.blocks.{}.cross_attn.v.*",
-    "qformer.encoder.layer.{}.crossattention.output.dense.*": "qformer.blocks.{}.cross_attn.out.*",
-    "qformer.encoder.layer.{}.crossattention.output.LayerNorm.*": "qformer.blocks.{}.norm_cross.*",
-    "qformer.encoder.layer.{}.intermediate_query.dense.*": "qformer.blocks.{}.fc1.*",
-    "qformer.encoder.layer.{}.output_query.dense.*": "qformer.blocks.{}.fc2.*",
-    "qformer.encoder.layer.{}.output_query.LayerNorm.*": "qformer.blocks.{}.norm2.*",
-}
-PROJ_KEYS = {"language_projection.*": "proj.*"}
-MT5_KEYS = {
-    "language_model.shared.weight": "mt5.embed.weight",
-    "language_model.lm_head.weight": "mt5.lm_head.weight",
-}
-for _s in ("encoder", "decoder"):
-    _blocks = f"language_model.{_s}.block"
-    _mlp = 1 if _s == "encoder" else 2  # the decoder's layer 1 is its cross-attention
-    MT5_KEYS[f"{_blocks}.0.layer.0.SelfAttention.relative_attention_bias.weight"] = f"mt5.{_s}.bias.weight"
-    MT5_KEYS[f"language_model.{_s}.final_layer_norm.weight"] = f"mt5.{_s}.norm.weight"
-    for _m in "qkvo":
-        MT5_KEYS[f"{_blocks}.{{}}.layer.0.SelfAttention.{_m}.weight"] = f"mt5.{_s}.blocks.{{}}.attn.{_m}.weight"
-    MT5_KEYS[f"{_blocks}.{{}}.layer.0.layer_norm.weight"] = f"mt5.{_s}.blocks.{{}}.norm1.weight"
-    for _m in ("wi_0", "wi_1", "wo"):
-        MT5_KEYS[f"{_blocks}.{{}}.layer.{_mlp}.DenseReluDense.{_m}.weight"] = f"mt5.{_s}.blocks.{{}}.mlp.{_m}.weight"
-    MT5_KEYS[f"{_blocks}.{{}}.layer.{_mlp}.layer_norm.weight"] = f"mt5.{_s}.blocks.{{}}.norm2.weight"
-for _m in "qkvo":
-    MT5_KEYS[f"language_model.decoder.block.{{}}.layer.1.EncDecAttention.{_m}.weight"] = (
-        f"mt5.decoder.blocks.{{}}.cross_attn.{_m}.weight"
-    )
-MT5_KEYS["language_model.decoder.block.{}.layer.1.layer_norm.weight"] = "mt5.decoder.blocks.{}.norm_cross.weight"
-
-KEYS = VIT_KEYS | QFORMER_KEYS | PROJ_KEYS | MT5_KEYS
-# Second names of the shared embedding: old .bin conversions list them, new files do not.
-EMBED_ALIASES = ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
-
-
-def _expand(keys: dict[str, str], ours: set[str]) -> dict[str, str]:
-    """Our name -> official key, for all of `ours`, from a table with {} for layers and * for weight or bias."""
-    layers = 1 + max((int(part) for name in ours for part in name.split(".") if part.isdigit()), default=0)
-    names = {}
-    for official, mine in keys.items():
-        for ending in ("weight", "bias") if official.endswith("*") else ("",):
-            for i in range(layers if "{}" in official else 1):
-                name = mine.replace("*", ending).format(i)
-                if name in ours:  # towers differ in depth, and the Q-Former has cross-attention in some layers only
-                    names[name] = official.replace("*", ending).format(i)
-    assert set(names) == ours, f"parameters without an official key: {sorted(ours - set(names))}"
-    return names
-
-
-def official_names(model: MBLIP) -> dict[str, str]:
-    """Our parameter name -> official key, for every parameter of a whole model."""
-    return _expand(KEYS, {name for name, _ in model.named_parameters()})
-
-
-def mt5_names(model: MT5) -> dict[str, str]:
-    """Our parameter name -> official key, for a language model by itself."""
-    names = _expand(MT5_KEYS, {f"mt5.{name}" for name, _ in model.named_parameters()})
-    return {mine.removeprefix("mt5."): official.removeprefix("language_model.") for mine, official in names.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------- configs
-
-# What transformers assumes when a config.json does not say (hub files often store differences only).
-_MT5_DEFAULTS = dict(vocab_size=250112, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
-                     relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1,
-                     layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1)  # fmt: skip
-_T5_DEFAULTS = _MT5_DEFAULTS | dict(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu")
-
-
-def _refuse_unless(part: str, hf: dict, **allowed):
-    """Raise WeightsError when a key of `hf` has a value that we do not implement (absent = the first allowed)."""
-    for key, values in allowed.items():
-        if hf.get(key, values[0]) not in values:
-            raise WeightsError(f"{part} with {key} = {hf[key]!r} is not implemented (only {', '.join(map(repr, values))})")
-
-
-def _build(part: str, cls, hf: dict, **names):
-    """Make the config dataclass `cls` from the official keys named in `names` (ours = official); absent = our default."""
-    kwargs = {ours: hf[official] for ours, official in names.items() if hf.get(official) is not None}
-    for ours, value in kwargs.items():
-        default = next(f.default for f in fields(cls) if f.name == ours)
-        want = (int, float) if isinstance(default, float) else type(default)
-        if isinstance(value, bool) or not isinstance(value, want) or (not isinstance(value, str) and value < 0):
-            raise WeightsError(f"{part} with {names[ours]} = {value!r}: expected a number as in {default!r}")
-    try:
-        return cls(**kwargs)
-    except (ValueError, ZeroDivisionError) as error:
-        raise WeightsError(f"{part}: {error}") from None
-
-
-def mt5_config_from_hf(text: dict) -> MT5Config:
-    """MT5Config from the official `config.json` of an mT5, an mT0 or a flan-t5 (as a dict), or a BLIP-2's `text_config`."""
-    if not isinstance(text, dict):
-        raise WeightsError("config.json does not hold an object")
-    kind = text.get("model_type")  # absent means OPT; decoder-only models (OPT, BLOOMZ) are out of scope
-    _refuse_unless("a language model", {"model_type": kind}, model_type=("mt5", "t5"))
-    is_mt5 = kind == "mt5"
-    text = (_MT5_DEFAULTS if is_mt5 else _T5_DEFAULTS) | {k: v for k, v in text.items() if v is not None}
-    _refuse_unless("a language model", text, feed_forward_proj=("gated-gelu",), is_gated_act=(True,),
-                   dense_act_fn=("gelu_new", "gelu"), decoder_start_token_id=(text["pad_token_id"],),
-                   scale_decoder_outputs=(False,))  # fmt: skip
-    if not is_mt5:  # T5's tied models rescale the decoder's output; flan-t5, which BLIP-2 uses, is untied
-        _refuse_unless("a T5", {"tie_word_embeddings": True} | text, tie_word_embeddings=(False,))
-    text.setdefault("num_decoder_layers", text["num_layers"])
-    return _build("text_config", MT5Config, text | {"gelu": "none" if text.get("dense_act_fn") == "gelu" else "tanh"},
-                 vocab="vocab_size", width="d_model", heads="num_heads", head_width="d_kv", mlp="d_ff",
-                 layers="num_layers", decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
-                 max_distance="relative_attention_max_distance", dropout="dropout_rate", eps="layer_norm_epsilon",
-                 gelu="gelu", pad="pad_token_id", eos="eos_token_id")  # fmt: skip
-
-
-def config_from_hf(hf: dict) -> MBLIPConfig:
-    """MBLIPConfig from an official `config.json` (as a dict), legacy or new.
-
-    Whatever changes the arithmetic and is not implemented is refused by name (WeightsError); what only concerns
-    training or generation defaults is ignored. `tie_word_embeddings` is ignored on purpose for mT5: transformers 5.x
-    writes true for every mT5, also when the file holds a separate head. The file decides, and ours needs a head.
-    """
-    if not isinstance(hf, dict):
-        raise WeightsError("config.json does not hold an object")
-    if hf.get("model_type") != "blip-2":
-        raise WeightsError(f"config.json says model_type {hf.get('model_type')!r}; this code reads 'blip-2'")
-    parts = [hf.get(key) or {} for key in ("vision_config", "qformer_config", "text_config")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise WeightsError("config.json: vision_config, qformer_config and text_config must be objects")
-    vision, qformer, text = parts
-
-    _refuse_unless("a ViT", vision, hidden_act=("gelu",), attention_dropout=(0.0,), qkv_bias=(True,))
-    vit = _build("vision_config", ViTConfig, vision, image_size="image_size", patch_size="patch_size", width="hidden_size",
-                 layers="num_hidden_layers", heads="num_attention_heads", mlp="intermediate_size",
-                 eps="layer_norm_eps")  # fmt: skip
-    _refuse_unless("a Q-Former", qformer, hidden_act=("gelu",), position_embedding_type=("absolute",),
-                   use_qformer_text_input=(False,))  # fmt: skip
-    former = _build("qformer_config", QFormerConfig, qformer, width="hidden_size", layers="num_hidden_layers",
-                    heads="num_attention_heads", mlp="intermediate_size", vision_width="encoder_hidden_size",
-                    cross_every="cross_attention_frequency", dropout="hidden_dropout_prob",
-                    attn_dropout="attention_probs_dropout_prob", eps="layer_norm_eps")  # fmt: skip
-
-    queries = hf.get("num_query_tokens", 32)
-    if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
-        raise WeightsError(f"config.json: num_query_tokens = {queries!r}")
-    try:
-        return MBLIPConfig(vit=vit, qformer=former, mt5=mt5_config_from_hf(text), queries=queries)
-    except ValueError as error:
-        raise WeightsError(f"config.json: {error}") from None
-
-
-def mt5_config_to_hf(t: MT5Config) -> dict:
-    """The official `config.json` (as a dict) of a language model."""
-    return {
-        "model_type": "mt5",
-        "vocab_size": t.vocab, "d_model": t.width, "num_heads": t.heads, "d_kv": t.head_width, "d_ff": t.mlp,
-        "num_layers": t.layers, "num_decoder_layers": t.decoder_layers,
-        "relative_attention_num_buckets": t.buckets, "relative_attention_max_distance": t.max_distance,
-        "dropout_rate": t.dropout, "layer_norm_epsilon": t.eps, "feed_forward_proj": "gated-gelu",
-        "dense_act_fn": {"tanh": "gelu_new", "none": "gelu"}[t.gelu], "is_gated_act": True,
-        "tie_word_embeddings": False, "pad_token_id": t.pad, "eos_token_id": t.eos,
-        "decoder_start_token_id": t.pad, "is_encoder_decoder": True,
-    }  # fmt: skip
-
-
-def config_to_hf(cfg: MBLIPConfig, image_token: int) -> dict:
-    """The official `config.json` (as a dict) of a model; `image_token` is the piece id that transformers >= 4.55
-    replaces by the picture's vectors: the first row of the embedding that the tokenizer cannot produce."""
-    assert image_token < cfg.mt5.vocab, f"image_token {image_token} has no row in an embedding of {cfg.mt5.vocab}"
-    v, q = cfg.vit, cfg.qformer
-    return {
-        "architectures": ["Blip2ForConditionalGeneration"],
-        "model_type": "blip-2",
-        "num_query_tokens": cfg.queries,
-        "image_token_index": image_token,
-        "use_decoder_only_language_model": False,
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": False,
-        "vision_config": {
-            "model_type": "blip_2_vision_model",
-            "image_size": v.image_size, "patch_size": v.patch_size, "hidden_size": v.width,
-            "num_hidden_layers": v.layers, "num_attention_heads": v.heads, "intermediate_size": v.mlp,
-            "layer_norm_eps": v.eps, "hidden_act": "gelu", "attention_dropout": 0.0, "qkv_bias": True,
-        },
-        "qformer_config": {
-            "model_type": "blip_2_qformer",
-            "hidden_size": q.width, "num_hidden_layers": q.layers, "num_attention_heads": q.heads,
-            "intermediate_size": q.mlp, "encoder_hidden_size": q.vision_width,
-            "cross_attention_frequency": q.cross_every, "hidden_dropout_prob": q.dropout,
-            "attention_probs_dropout_prob": q.attn_dropout, "layer_norm_eps": q.eps, "hidden_act": "gelu",
-        },
-        "text_config": mt5_config_to_hf(cfg.mt5),
-    }  # fmt: skip
+INDEX, SINGLE, RECORD = "model.safetensors.index.json", "model.safetensors", "sha256.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # what --vision_dtype and --llm_dtype mean
+BLOCK = 1 << 22  # numbers that are read and converted at a time
+SHARD = 5_000_000_000  # bytes of a file of weights, at most
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -257,6 +49,11 @@ def read_json(path: Path) -> dict | list:
         raise WeightsError(f"{path}: not readable as JSON ({error})") from None
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name from a stranger's file or server is that of a file in the folder itself, here and on Windows."""
+    return isinstance(name, str) and name.isprintable() and not name.startswith(".") and not set(name) & set('/\\:*?"<>|')
+
+
 def open_safetensors(path: Path):
     """`safe_open` with errors that name the file; raises WeightsError."""
     try:
@@ -269,84 +66,210 @@ def open_safetensors(path: Path):
         ) from None
 
 
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Official key -> the safetensors file of `folder` that holds it: one `model.safetensors`, or shards and an index."""
+def weight_map(index: Path) -> dict[str, str]:
+    """Key -> name of its shard, from an index; raises WeightsError for a name that leads out of the folder."""
+    found = read_json(index)
+    found = found.get("weight_map") if isinstance(found, dict) else None
+    if not (isinstance(found, dict) and found and all(isinstance(v, str) for v in found.values())):
+        raise WeightsError(f"{index}: no weight_map of key -> file name")
+    bad = [name for name in found.values() if not is_plain_name(name) or not name.endswith(".safetensors")]
+    if bad:  # a hostile index could point anywhere
+        raise WeightsError(f"{index}: {bad[0]!r} is not the plain name of a safetensors file in this folder")
+    return found
+
+
+def find_tensors(folder: Path, skip: str | None = None) -> dict[str, Path]:
+    """Official key -> the safetensors file of `folder` that holds it: one `model.safetensors`, or shards and an index.
+
+    Keys that start with `skip` are left out; a shard that holds no others is not opened and may be absent.
+    """
     folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise WeightsError(f"{index}: no weight_map of key -> file name")
-        bad = [name for name in weight_map.values() if name != Path(name).name or not name.endswith(".safetensors")]
-        if bad:  # a hostile index could point anywhere
-            raise WeightsError(f"{index}: {bad[0]!r} is not the plain name of a safetensors file in this folder")
+    wanted = lambda key: skip is None or not key.startswith(skip)
+    if (folder / INDEX).exists():
+        mapped = {key: name for key, name in weight_map(folder / INDEX).items() if wanted(key)}
         found = {}
-        for name in sorted(set(weight_map.values())):
+        for name in sorted(set(mapped.values())):
             with open_safetensors(folder / name) as shard:
-                found.update(dict.fromkeys(shard.keys(), folder / name))
-        if {key: path.name for key, path in found.items()} != weight_map:
-            odd = sorted(set(weight_map.items()) ^ {(key, path.name) for key, path in found.items()})[0]
-            raise WeightsError(f"{index}: disagrees with its shards about {odd[0]!r}")
-        return found
-    if single.exists():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
+                found |= {key: name for key in shard.keys() if wanted(key)}
+        if found != mapped:
+            odd = sorted(set(mapped.items()) ^ set(found.items()))[0]
+            raise WeightsError(f"{folder / INDEX}: disagrees with its shards about {odd[0]!r}")
+        return {key: folder / name for key, name in found.items()}
+    if (folder / SINGLE).exists():
+        with open_safetensors(folder / SINGLE) as file:
+            return {key: folder / SINGLE for key in file.keys() if wanted(key)}
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
     if pickles:
         raise WeightsError(
             f"{folder}: {pickles[0]} is a pickle, which can run code when opened, so it is never read; get the "
             "safetensors version, or save the model with transformers' save_pretrained, which writes safetensors"
         )
-    raise WeightsError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    raise WeightsError(f"{folder}: no {SINGLE} and no {INDEX}")
 
 
-def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32) -> MBLIP:
+def read_record(folder: Path) -> dict:
+    """What is known of the files of a folder: {"source": ..., "files": {name: {"size", "sha256", "mtime_ns"}}}."""
+    record = read_json(folder / RECORD)
+    files = record.get("files") if isinstance(record, dict) else None
+    if not (isinstance(files, dict) and all(is_plain_name(name) and isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
+                                            for name, entry in files.items())):  # fmt: skip
+        raise WeightsError(f"{folder / RECORD}: not a list of files with size, sha256 and mtime_ns; delete it if you trust the files")
+    return record
+
+
+def write_record(folder: Path, sha256: dict[str, str], source: dict) -> None:
+    """Note size, sha256 (name -> hex digits) and time of the files of a folder, and where they come from."""
+    stat = {name: (folder / name).stat() for name in sha256}
+    files = {name: dict(size=stat[name].st_size, sha256=sha, mtime_ns=stat[name].st_mtime_ns) for name, sha in sorted(sha256.items())}
+    write_json(folder / RECORD, dict(source=source, files=files))
+
+
+def check_record(folder: Path) -> None:
+    """Raise WeightsError if a file is not the one of the folder's RECORD, if it has one.
+
+    Files whose size and time are those of the record are taken to be untouched; the others are hashed.
+    """
+    if not (folder / RECORD).exists():
+        return
+    record, changed = read_record(folder), False
+    for name, entry in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            continue  # whoever needs it will say so
+        stat = path.stat()
+        if (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
+            continue
+        sha = hashlib.sha256()
+        with open(path, "rb") as file:
+            while data := file.read(1 << 20):
+                sha.update(data)
+        if sha.hexdigest() != entry["sha256"]:
+            raise WeightsError(f"{path}: does not have the sha256 of {RECORD}, so it was changed or damaged; delete it and get it again")
+        changed = True
+    if changed:
+        write_record(folder, {name: entry["sha256"] for name, entry in record["files"].items() if (folder / name).is_file()}, record["source"])
+
+
+def load_mblip(folder: Path | str, dtype: torch.dtype = torch.float32, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """Build the model of a folder in the official layout and fill it, strictly; returns it in eval mode.
 
     A folder written by `save_trained` holds some parameters only; the others come from the folders it names.
+    dtype: of all floats. vision_dtype: of the ViT, llm_dtype: of the language model, each "fp32", "bf16" or "int8". In int8 are the linear
+    layers; beside them the embedding is bf16 and the rest `dtype`. A file that is int8 already stays so.
 
-    Raises WeightsError for a missing or damaged file, an unknown or a missing key, a wrong shape, a tensor that is
-    not floating point, or bases that are not those the trained parts were trained on.
+    Raises WeightsError for a missing or damaged file, an unknown or a missing key, a wrong shape or type, a number that is not
+    finite, or bases that are not those the trained parts were trained on.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     if isinstance(config, dict) and "bases" in config:
-        return _load_on_bases(folder, config, dtype)
-    return _load(folder, MBLIP, config_from_hf, official_names, "language_model.", dtype)
+        return _load_on_bases(folder, config, dtype, vision_dtype, llm_dtype)
+    return _load(folder, MBLIP, config_from_hf, official_names, "language_model.", _Forms(dtype, vision_dtype, llm_dtype))
 
 
-def load_mt5(folder: Path | str, dtype: torch.dtype = torch.float32) -> MT5:
-    """Build and fill a language model by itself (an mT0 or mT5 folder of the hub, or ours); errors as in `load_mblip`."""
-    return _load(Path(folder), MT5, mt5_config_from_hf, mt5_names, "", dtype)
+def load_mt5(folder: Path | str, dtype: torch.dtype = torch.float32, llm_dtype: str | None = None) -> MT5:
+    """Build and fill a language model by itself (an mT0 or mT5 folder of the hub, or ours); as `load_mblip`."""
+    return _load(Path(folder), MT5, mt5_config_from_hf, mt5_names, "", _Forms(dtype, None, llm_dtype, prefix="mt5."))
 
 
-def _load_on_bases(folder: Path, config: dict, dtype: torch.dtype) -> MBLIP:
+def load_vision(folder: Path | str, mt5: MT5, dtype: torch.dtype = torch.float32, vision_dtype: str | None = None) -> MBLIP:
+    """ViT, Q-Former and queries of a BLIP-2 (or mBLIP) folder in front of another language model, a fresh projection between: where
+    re-alignment starts from. Nothing is read of the folder's own language model and projection. As `load_mblip`."""
+    config_of = lambda hf: vision_config_from_hf(hf, mt5.cfg)
+    names_of = lambda model: {mine: key for mine, key in official_names(model).items() if not mine.startswith(("mt5.", "proj."))}
+    model = _load(Path(folder), MBLIP, config_of, names_of, "language_model.", _Forms(dtype, vision_dtype, None), skip="language_")
+    model.exchange_language_model(mt5)
+    return model
+
+
+def _load_on_bases(folder: Path, config: dict, dtype: torch.dtype, vision_dtype: str | None, llm_dtype: str | None) -> MBLIP:
     """The model of a folder that `save_trained` wrote; errors as in `load_mblip`."""
     bases = config["bases"]
     if not (isinstance(bases, dict) and set(bases) == {"vision", "language_model", "sha256", "trained_sha256"}
             and all(isinstance(value, str) for value in bases.values())):  # fmt: skip
         raise WeightsError(f"{folder / 'config.json'}: bases must name vision, language_model, sha256 and trained_sha256")
-    model = load_mblip(folder / bases["vision"])
-    model.exchange_language_model(load_mt5(folder / bases["language_model"]))
+    vision, llm = folder / bases["vision"], folder / bases["language_model"]
+    mt5 = load_mt5(llm, dtype, llm_dtype)
+    model = load_vision(vision, mt5, dtype, vision_dtype)
     if config_from_hf(config) != model.cfg:
         raise WeightsError(f"{folder}: its config.json describes another model than its bases")
-    found, names = find_tensors(folder), {official: mine for mine, official in official_names(model).items()}
+    found, names = find_tensors(folder), {official: mine for mine, official in float_names(model).items()}
     if unknown := sorted(set(found) - set(names)):
         raise WeightsError(f"{folder}: {len(unknown)} unknown key(s), first {unknown[0]!r}: these are not the weights of its config.json")
-    parameters = dict(model.named_parameters())
-    frozen = digest({mine: parameters[mine] for official, mine in names.items() if official not in found})
-    if frozen != bases["sha256"]:
+    if _digest_of_bases(vision, llm, [mine for key, mine in names.items() if key not in found]) != bases["sha256"]:
         raise WeightsError(f"{folder}: was trained on other weights than {bases['vision']} and {bases['language_model']} hold now{_restore(folder)}")
     trained = {}
     for key, path in found.items():
         with open_safetensors(path) as file:
-            trained[key] = _read_tensor(file, path, key, parameters[names[key]].shape)
+            trained[key] = _read_tensor(file, path, key, model.get_parameter(names[key]).shape)
     if digest(trained) != bases["trained_sha256"]:
         raise WeightsError(f"{folder}: model.safetensors does not have the sha256 it was written with{_restore(folder)}")
     for key, value in trained.items():
-        _set_parameter(model, names[key], value)
-    return model.to(dtype).eval()
+        _set_parameter(model, names[key], value.to(dtype))
+    return model.eval()
+
+
+def _digest_of_bases(vision: Path, llm: Path, names: list[str]) -> str:
+    """`digest` of parameters in fp32, read one at a time from the folders of the two bases."""
+    places = _places_of_bases(vision, llm)
+
+    def read(name):
+        path, key = places[name]
+        with open_safetensors(path) as file:
+            return file.get_tensor(key).float()
+
+    if strange := sorted(set(names) - set(places)):
+        raise WeightsError(f"{strange[0]} was not trained, and is in neither of the bases {vision} and {llm}")
+    return digest({name: lambda name=name: read(name) for name in names})
+
+
+def _places_of_bases(vision: Path, llm: Path) -> dict[str, tuple[Path, str]]:
+    """Our name -> file and key, of the ViT, Q-Former and queries of one folder and the language model of another."""
+    with torch.device("meta"):
+        mt5 = MT5(mt5_config_from_hf(read_json(llm / "config.json")))
+        model = MBLIP(vision_config_from_hf(read_json(vision / "config.json"), mt5.cfg))
+    places = {f"mt5.{mine}": place for mine, place in _locate(llm, {key: mine for mine, key in mt5_names(mt5).items()}, "").items()}
+    seen = {key: mine for mine, key in official_names(model).items() if not mine.startswith(("mt5.", "proj."))}
+    return places | _locate(vision, seen, "language_model.", skip="language_")
+
+
+class _Forms:
+    """Which parameter is held in which type: `forms(name)` is a torch type, int8 for the weight of a linear layer that is to be quantised."""
+
+    def __init__(self, dtype: torch.dtype, vision: str | None, llm: str | None, prefix: str = ""):
+        for flag, name in (("vision_dtype", vision), ("llm_dtype", llm)):
+            if name is not None and name not in DTYPES:
+                raise ValueError(f"{flag} is {name!r}; it is one of {', '.join(DTYPES)}")
+        self.dtype, self.prefix = dtype, prefix
+        self.wish = {"vit": vision, "mt5": llm}
+
+    def wished(self, name: str) -> str | None:
+        return self.wish.get((self.prefix + name).split(".")[0])
+
+    def __call__(self, name: str, is_linear: bool) -> torch.dtype:
+        wish = self.wished(name)
+        if wish != "int8":
+            return self.dtype if wish is None else DTYPES[wish]
+        if is_linear:
+            return torch.int8
+        return torch.bfloat16 if self.prefix + name == "mt5.embed.weight" else self.dtype
+
+
+def _load(folder: Path, cls, config_of, names_of, prefix: str, forms: _Forms, skip: str | None = None) -> nn.Module:
+    """Build a `cls` on the meta device and fill it; config_of and names_of as above, prefix and skip as in `_locate`."""
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    hf = read_json(folder / "config.json")
+    cfg = config_of(hf)
+    with torch.device("meta"):
+        model = cls(cfg)
+    try:
+        check_record(folder)
+        places = _locate(folder, {official: mine for mine, official in names_of(model).items()}, prefix, skip)
+        _fill(model, places, forms, _threshold(folder, hf))
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_restore(folder)}") from None
+    return model.eval()
 
 
 def _restore(folder: Path) -> str:
@@ -355,64 +278,156 @@ def _restore(folder: Path) -> str:
     return "; restore them with: git checkout -- weights/nano" if shipped in (folder.resolve(), *folder.resolve().parents) else ""
 
 
-def _load(folder: Path, cls, config_of, names_of, prefix: str, dtype: torch.dtype) -> nn.Module:
-    """Build a `cls` on the meta device and fill it; config_of and names_of as above, prefix as in `_fill`."""
-    if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder")
-    cfg = config_of(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = cls(cfg)
-    try:
-        _fill(model, folder, {official: mine for mine, official in names_of(model).items()}, prefix, dtype)
-    except WeightsError as error:
-        raise WeightsError(f"{error}{_restore(folder)}") from None
-    return model.eval()
-
-
-def _fill(model: nn.Module, folder: Path, targets: dict[str, str], prefix: str, dtype: torch.dtype) -> None:
-    """Fill a meta model from the tensors of a folder; targets: official key -> our name; prefix: of the language model."""
-    found = find_tensors(folder)
+def _locate(folder: Path, targets: dict[str, str], prefix: str, skip: str | None = None) -> dict[str, tuple[Path, str]]:
+    """Our name -> file and key, for all of `targets` (official key -> our name), strictly; prefix: of the language model's keys; skip: as
+    in `find_tensors`. Beside a weight in int8 stands its SCB, under the weight's name with "SCB" at its end."""
+    found = find_tensors(folder, skip)
     shared, aliases = prefix + "shared.weight", [prefix + key for key in EMBED_ALIASES if prefix + key in found]
-    if shared not in found and aliases:
-        found[shared] = found[aliases[0]]
-    unknown = sorted(set(found) - set(targets) - set(aliases))
-    missing = sorted(set(targets) - set(found))
+    if shared in targets:
+        for key in aliases if shared in found else aliases[1:]:  # second names must hold the same embedding
+            first = shared if shared in found else aliases[0]
+            if not _same(found[key], key, found[first], first):
+                raise WeightsError(f"{found[key]}: {key} differs from {first}; three embeddings are not implemented")
+    places = {mine: (found[key], key) for key, mine in targets.items() if key in found}
+    if shared in targets and shared not in found and aliases:
+        places[targets[shared]] = found[aliases[0]], aliases[0]
+    extra = {}
+    for key, mine in targets.items():  # what bitsandbytes writes beside an int8 weight
+        if key.endswith(".weight") and key.removesuffix("weight") + "SCB" in found:
+            extra[key.removesuffix("weight") + "SCB"] = mine.removesuffix("weight") + "SCB"
+    formats = [key for key in found if key.endswith(".weight_format") and key.removesuffix("weight_format") + "SCB" in extra]
+    unknown = sorted(set(found) - set(targets) - set(aliases) - set(extra) - set(formats))
+    missing = sorted(key for key, mine in targets.items() if mine not in places)
     for what, keys in (("unknown", unknown), ("missing", missing)):
         if keys:
             raise WeightsError(f"{folder}: {len(keys)} {what} key(s), first {keys[0]!r}: these are not the weights of its config.json")
-    parameters = dict(model.named_parameters())
-    for path in sorted(set(found.values())):
-        with open_safetensors(path) as file:
-            keys = set(file.keys())
-            for key in sorted(k for k in found if found[k] == path and k in targets):
-                stored = key if key in keys else aliases[0]
-                value = _read_tensor(file, path, stored, parameters[targets[key]].shape).to(dtype)
-                _set_parameter(model, targets[key], value)
-    embedding = dict(model.named_parameters())[targets[shared]]
-    for key in aliases:  # second names must hold the same embedding
+    for key in formats:
         with open_safetensors(found[key]) as file:
-            if not torch.equal(file.get_tensor(key).to(dtype), embedding):
-                raise WeightsError(f"{found[key]}: {key} differs from {shared}; three embeddings are not implemented")
+            if file.get_slice(key).get_dtype() != "U8" or file.get_tensor(key).any():
+                raise WeightsError(f"{found[key]}: {key} is not 0 (row after row), the only order of int8 weights that is implemented")
+    return places | {mine: (found[key], key) for key, mine in extra.items()}
 
 
-def _read_tensor(file, path: Path, key: str, shape) -> torch.Tensor:
-    """One tensor of an open safetensors file, its shape and type checked."""
+def _same(path: Path, key: str, other_path: Path, other_key: str) -> bool:
+    """Whether two tensors hold the same numbers, block by block."""
+    with open_safetensors(path) as a, open_safetensors(other_path) as b:
+        a, b = a.get_slice(key), b.get_slice(other_key)
+        shape = a.get_shape()
+        if not shape or shape != b.get_shape() or a.get_dtype() != b.get_dtype():
+            return False
+        rows = max(1, BLOCK // max(1, shape[-1]))
+        return all(torch.equal(a[i : i + rows], b[i : i + rows]) for i in range(0, shape[0], rows))
+
+
+def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, threshold: float) -> None:
+    """Fill a meta model; places: from `_locate`, threshold: of int8 layers."""
+    shapes = {name: p.shape for name, p in model.named_parameters() if name in places}
+    linears = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    codes = {}  # name -> weight and SCB of the layers that become int8
+    shared = {path: open_safetensors(path) for path in {path for path, _ in places.values()}}  # for tensors that are used as they are stored
+    for name in sorted(shapes, key=lambda name: (str(places[name][0]), name)):
+        path, key = places[name]
+        stored = shared[path].get_slice(key).get_dtype()
+        form = forms(name, name in linears)
+        if stored == "BF16" and forms.prefix + name == "mt5.embed.weight" and any(place.endswith("SCB") for place in places):
+            form = torch.bfloat16  # as it was written beside int8 layers
+        if stored == "I8" and name in linears:
+            scale = name.removesuffix("weight") + "SCB"
+            if scale not in places:
+                raise WeightsError(f"{path}: {key} is int8 and has no scales (SCB) beside it")
+            if forms.wished(name) not in (None, "int8"):
+                raise WeightsError(f"{path}: {key} is stored in int8; it cannot become {forms.wished(name)}, which needs the original weights")
+            weight = _read_tensor(shared[path], path, key, shapes[name], torch.int8, torch.int8)
+            scales = _read_tensor(shared[places[scale][0]], *places[scale], shapes[name][:1], torch.float32)
+            codes[name] = weight, scales
+        elif form == torch.int8:
+            codes[name] = _quantize(path, key, shapes[name])
+        else:
+            _set_parameter(model, name, _read_tensor(shared[path], path, key, shapes[name], form))
+    for name, (weight, scale) in codes.items():
+        owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        try:
+            layer = Int8Linear.from_tensors(weight, scale, None if linear.bias is None else linear.bias.detach(), threshold)
+        except ValueError as error:
+            raise WeightsError(f"{places[name][0]}: {name}: {error}") from None
+        setattr(model.get_submodule(owner), leaf, layer)
+
+
+def _blocks(path: Path, key: str, shape):
+    """The rows of a tensor, some at a time. The file is opened anew for each block: pages once read of a mapped file count as ours until
+    it is closed, and a shard has ten gigabytes of them."""
+    rows = max(1, BLOCK // max(1, torch.Size(shape[1:]).numel()))
+    for start in range(0, shape[0], rows):
+        with open_safetensors(path) as file:
+            yield start, _checked(path, key, file.get_slice(key)[start : start + rows])
+
+
+def _checked(path: Path, key: str, value: torch.Tensor) -> torch.Tensor:
+    """`value`, if its numbers are all finite."""
+    if value.is_floating_point():
+        for part in value.view(-1).split(BLOCK):  # a sum is 14 times as fast as isfinite, but that of finite numbers can overflow
+            if not part.sum(dtype=torch.float32).isfinite() and not part.isfinite().all():
+                raise WeightsError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
+    return value
+
+
+def _check_slice(path: Path, key: str, piece, shape, kind: torch.dtype | None) -> None:
+    """Raise WeightsError unless a tensor in a file has this shape and is of this type (None: floating point)."""
+    found, stored = tuple(piece.get_shape()), piece.get_dtype()
+    if found != tuple(shape):
+        raise WeightsError(f"{path}: {key} has shape {found}, its config.json wants {tuple(shape)}")
+    if stored not in (("F32", "BF16", "F16", "F64") if kind is None else ("I8",)):
+        raise WeightsError(f"{path}: {key} has the type {stored}, expected {'floating point' if kind is None else 'int8'}")
+
+
+def _read_tensor(file, path: Path, key: str, shape, dtype: torch.dtype | None = None, kind: torch.dtype | None = None) -> torch.Tensor:
+    """One tensor of an open safetensors file, checked; dtype: what it becomes, None = as it is stored; kind: as in `_check_slice`.
+
+    Stored in the wanted type it is a view of the mapped file, otherwise a copy that was made block by block.
+    """
     try:
-        found = tuple(file.get_slice(key).get_shape())
-        if found != tuple(shape):
-            raise WeightsError(f"{path}: {key} has shape {found}, its config.json wants {tuple(shape)}")
-        value = file.get_tensor(key)
+        _check_slice(path, key, piece := file.get_slice(key), shape, kind)
+        if dtype is None or piece.get_dtype() == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}.get(dtype):
+            return _checked(path, key, file.get_tensor(key))
+        out = torch.empty(shape, dtype=dtype)
+        for start, block in _blocks(path, key, shape):
+            out[start : start + len(block)] = block
+        return out
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{path}: {key} cannot be read ({error})") from None
-    if not value.is_floating_point():
-        raise WeightsError(f"{path}: {key} is {value.dtype}, expected floating point")
-    return value
+
+
+def _quantize(path: Path, key: str, shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a weight (out, in), made block by block: int8 (out, in) and float32 (out,)."""
+    codes, scales = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+    try:
+        with open_safetensors(path) as file:
+            _check_slice(path, key, file.get_slice(key), shape, None)
+        for start, block in _blocks(path, key, shape):
+            codes[start : start + len(block)], scales[start : start + len(block)] = quantize_rows(block.half().float())  # by way of fp16, as bitsandbytes
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise error if isinstance(error, WeightsError) else WeightsError(f"{path}: {key} cannot become int8 ({error})") from None
+    return codes, scales
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor):
     """Put a tensor where a (meta) parameter was."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def _threshold(folder: Path, hf: dict) -> float:
+    """The outlier threshold of int8 layers: that of the config.json, if bitsandbytes or we have quantised its weights."""
+    block = hf.get("quantization_config")
+    if block is None:
+        return THRESHOLD
+    if not isinstance(block, dict) or block.get("quant_method") != "bitsandbytes" or not block.get("load_in_8bit"):
+        raise WeightsError(f"{folder / 'config.json'}: quantization_config is not that of bitsandbytes in 8 bits; get the original weights")
+    value = block.get("llm_int8_threshold", THRESHOLD)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise WeightsError(f"{folder / 'config.json'}: llm_int8_threshold = {value!r}; expected a number, at least 0")
+    return float(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -462,45 +477,203 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
         raise WeightsError(f"{path}: not written ({error}); the previous file is untouched, free some space") from None
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of tensors, in the order of their names."""
+def digest(tensors: dict) -> str:
+    """sha256 over names, types, shapes and bytes of tensors (or of functions that read one), in the order of their names."""
     sha = hashlib.sha256()
     for key in sorted(tensors):
-        t = tensors[key].detach().contiguous().cpu()
+        t = tensors[key]() if callable(tensors[key]) else tensors[key]
+        t = t.detach().contiguous().cpu()
         sha.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
         sha.update(t.view(-1).view(torch.uint8).numpy() if t.numel() else b"")
     return sha.hexdigest()
 
 
-def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dtype: torch.dtype = torch.float32) -> None:
-    """Write `config.json` and `model.safetensors` in the official layout; transformers opens the folder.
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
 
-    image_token: see `config_to_hf`; languages: the codes it was trained to answer in, stored as one more key.
+
+def write_tensors(path: Path, entries: dict[str, tuple]) -> str:
+    """Write a safetensors file piece by piece, atomically; returns its sha256. Raises WeightsError when the disk refuses.
+
+    entries: key -> type, shape and a function that yields the numbers, some rows at a time: so no tensor need ever be whole in memory.
+    The format: 8 bytes with the length of a JSON header, the header (where each tensor starts and ends), the tensors without gaps.
     """
-    folder = Path(folder)
+    sizes = {key: dtype.itemsize * torch.Size(shape).numel() for key, (dtype, shape, _) in entries.items()}
+    order = sorted(entries, key=lambda key: (-entries[key][0].itemsize, key))  # large types first keeps all of them aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key in order:
+        dtype, shape, _ = entries[key]
+        header[key] = dict(dtype=SAFETENSORS_NAMES[dtype], shape=list(shape), data_offsets=[end, end := end + sizes[key]])
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sha = hashlib.sha256()
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            for data in (len(text).to_bytes(8, "little"), text):
+                sha.update(data)
+                file.write(data)
+            for key in order:
+                dtype, _, blocks = entries[key]
+                written = 0
+                for block in blocks():
+                    data = block.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
+                    sha.update(data)
+                    file.write(data)
+                    written += data.nbytes
+                assert written == sizes[key], f"{key}: {written} bytes came, its shape wants {sizes[key]}"
+
+    try:
+        write_atomic(Path(path), write)
+    except OSError as error:
+        raise WeightsError(f"{path}: not written ({error}); the previous file is untouched, free some space") from None
+    return sha.hexdigest()
+
+
+def write_shards(folder: Path, entries: dict[str, tuple], shard: int = SHARD) -> dict[str, str]:
+    """`write_tensors` into model.safetensors, or into several files of at most `shard` bytes and an index; name -> sha256."""
+    sizes = {key: dtype.itemsize * torch.Size(shape).numel() for key, (dtype, shape, _) in entries.items()}
+    groups, room = [[]], shard
+    for key in entries:
+        if groups[-1] and sizes[key] > room:
+            groups.append([])
+            room = shard
+        groups[-1].append(key)
+        room -= sizes[key]
     folder.mkdir(parents=True, exist_ok=True)
-    names, parameters = official_names(model), dict(model.named_parameters())
-    tensors = {official: parameters[mine].to(dtype) for mine, official in names.items()}
-    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    if len(groups) == 1:
+        done = {SINGLE: write_tensors(folder / SINGLE, entries)}
+        (folder / INDEX).unlink(missing_ok=True)  # of shards that were there before
+        return done
+    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    done = {name: write_tensors(folder / name, {key: entries[key] for key in group}) for name, group in zip(names, groups)}
+    shard_of = {key: name for name, group in zip(names, groups) for key in group}
+    write_json(folder / INDEX, dict(metadata=dict(total_size=sum(sizes.values())), weight_map=shard_of))
+    return done
+
+
+def float_names(model: MBLIP) -> dict[str, str]:
+    """`official_names` of the same model without int8 and LoRA."""
+    with torch.device("meta"):
+        return official_names(MBLIP(model.cfg))
+
+
+def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Our name -> tensor, with the names of a model without LoRA (A and B are left out); an int8 layer has weight, SCB and bias."""
+    own = {f"{path}.{side}" for path, layer in lora_layers(model).items() for side in "AB"}
+    return {name.replace(".base.", "."): t for name, t in model.state_dict().items() if name not in own}
+
+
+def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dtype: torch.dtype | None = torch.float32,
+               shard: int = SHARD) -> None:  # fmt: skip
+    """Write `config.json` and the weights in the official layout; transformers opens the folder.
+
+    image_token: see `config_to_hf`; languages: the codes it was trained to answer in, stored as one more key. dtype: of all floats, None =
+    as each is held. shard: bytes a file, at most. LoRA is not written: see `save_merged` and `save_adapter`.
+
+    What is held in int8 is written in int8, as bitsandbytes names it, and loads at once the next time. Such a folder gets a RECORD;
+    transformers, which keeps `wo` and the head in floats, cannot run it.
+    """
+    folder, held, entries = Path(folder), held_tensors(model), {}
+    add = lambda key, t: entries.update({key: (t.dtype, tuple(t.shape), lambda: [t])})
+    for mine, official in float_names(model).items():
+        scale = mine.removesuffix("weight") + "SCB"
+        if held[mine].dtype == torch.int8:
+            add(official, held[mine])
+            add(official.removesuffix("weight") + "SCB", held[scale])
+            add(official.removesuffix("weight") + "weight_format", torch.zeros((), dtype=torch.uint8))
+        else:
+            t = held[mine]
+            entries[official] = (dtype or t.dtype, tuple(t.shape), lambda t=t: [t])
+    done = write_shards(folder, entries, shard)
     extra = {} if languages is None else {"languages": sorted(languages)}
+    if int8 := [m for m in model.modules() if isinstance(m, Int8Linear)]:
+        kept = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+        official = {mine.removesuffix(".weight"): key.removesuffix(".weight") for mine, key in float_names(model).items()}
+        extra["quantization_config"] = dict(quant_method="bitsandbytes", load_in_8bit=True, llm_int8_threshold=int8[0].threshold,
+                                            llm_int8_skip_modules=[official[path] for path in kept])  # fmt: skip
+        write_record(folder, done, {"written_by": "nanomblip"})
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra)
 
 
-def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_model: str, image_token: int, languages=None) -> None:
+def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_model: str, image_token: int, languages=None,
+                 fingerprint: str | None = None) -> None:  # fmt: skip
     """Write some parameters only, as fp16, and where the others are: a few MB instead of the whole model.
 
-    trained: names of parameters as in `model.named_parameters()`; vision and language_model: the folders of the two bases, relative to
-    `folder`; their parameters must be the model's own. Otherwise as `save_mblip`; transformers cannot open it.
+    trained: names of parameters as in `model.named_parameters()`, LoRA not among them; vision and language_model: the folders of the two
+    bases, relative to `folder`; their parameters must be the model's own. fingerprint: of these, if `frozen_fingerprint` has taken it
+    already. Otherwise as `save_mblip`; transformers cannot open it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names, parameters = official_names(model), dict(model.named_parameters())
-    tensors = {names[mine]: parameters[mine].detach().to(torch.float16) for mine in trained}
-    frozen = digest({mine: p for mine, p in parameters.items() if mine not in set(trained)})
-    bases = dict(vision=vision, language_model=language_model, sha256=frozen, trained_sha256=digest(tensors))
+    names, held = float_names(model), held_tensors(model)
+    tensors = {names[mine]: held[mine].detach().to(torch.float16) for mine in trained}
+    fingerprint = fingerprint or frozen_fingerprint(model, trained, folder / vision, folder / language_model)
+    bases = dict(vision=vision, language_model=language_model, sha256=fingerprint, trained_sha256=digest(tensors))
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra | {"bases": bases})
+
+
+def frozen_fingerprint(model: MBLIP, trained, vision: Path, language_model: Path) -> str:
+    """`digest` of all parameters but the trained ones, in fp32: of the model's own, or if it holds them in another type, of the files."""
+    held, frozen = held_tensors(model), [mine for mine in float_names(model) if mine not in set(trained)]
+    if all(held[mine].dtype == torch.float32 for mine in frozen):
+        return digest({mine: held[mine] for mine in frozen})
+    return _digest_of_bases(vision, language_model, frozen)
+
+
+def save_merged(model: MBLIP, folder: Path, image_token: int, source: Path | tuple[Path, Path], languages=None, dtype: torch.dtype = torch.float32,
+                shard: int = SHARD) -> None:  # fmt: skip
+    """Write the whole model in floats with its LoRA merged into the weights; transformers opens the folder and computes the same.
+
+    source: the folder that the model was loaded from, or those of its two bases, vision and language model: what is held in int8 or
+    bf16 is taken from there as it was before (to merge into rounded weights, and round again, moves the model), one tensor at a time.
+    Otherwise as `save_mblip`. Raises WeightsError when the source holds int8 itself.
+    """
+    held, lora, entries, places = held_tensors(model), lora_layers(model), {}, None
+    for mine, official in float_names(model).items():
+        t, layer = held[mine], lora.get(mine.removesuffix(".weight"))
+        rounded = t.dtype != torch.float32
+        if rounded:
+            places = places or _places(source)
+            with open_safetensors(places[mine][0]) as file:
+                _check_slice(*places[mine], file.get_slice(places[mine][1]), t.shape, None)
+
+        def blocks(mine=mine, t=t, layer=layer, rounded=rounded):
+            rows = max(1, BLOCK // max(1, t.shape[-1]))
+            parts = _blocks(*places[mine], t.shape) if rounded else ((i, t[i : i + rows]) for i in range(0, len(t), rows))
+            for start, part in parts:
+                if layer is not None and layer.unmerged is None:
+                    part = part.float() + layer.scale * layer.B[start : start + len(part)] @ layer.A
+                yield part
+
+        entries[official] = dtype, tuple(t.shape), blocks
+    write_shards(Path(folder), entries, shard)
+    extra = {} if languages is None else {"languages": sorted(languages)}
+    write_json(Path(folder) / "config.json", config_to_hf(model.cfg, image_token) | extra)
+
+
+def save_processor(folder: Path, source: Path, queries: int) -> None:
+    """Write what belongs beside the weights: tokenizer and picture settings of the folder `source`, for us and for transformers' Blip2Processor."""
+    tokenizer = Tokenizer(source / "spiece.model")
+    pictures = read_json(source / "preprocessor_config.json")
+    write_atomic(folder / "spiece.model", lambda path: path.write_bytes(tokenizer.path.read_bytes()))
+    write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "processor_config.json", dict(processor_class="Blip2Processor", num_query_tokens=queries))
+    for name, content in to_hf(tokenizer, image_token=len(tokenizer)).items():
+        write_json(folder / name, content)
+
+
+def _places(source: Path | tuple[Path, Path]) -> dict[str, tuple[Path, str]]:
+    """Our name -> file and key, for a folder in the official layout, one of `save_trained` (its bases), or two bases."""
+    if isinstance(source, tuple):
+        return _places_of_bases(*source)
+    config = read_json(source / "config.json")
+    if "bases" in config:
+        return _places_of_bases(source / config["bases"]["vision"], source / config["bases"]["language_model"])
+    with torch.device("meta"):
+        model = MBLIP(config_from_hf(config))
+    return _locate(source, {official: mine for mine, official in official_names(model).items()}, "language_model.")
 
 
 def save_mt5(model: MT5, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -523,18 +696,17 @@ _PEFT_FIXED = dict(peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out
 
 def _linear_names(mt5: MT5) -> dict[str, str]:
     """Official name -> our path, for every linear layer of a language model (as `mt5_names`, without ".weight")."""
-    ours = {f"mt5.{path}.weight" for path, m in mt5.named_modules() if isinstance(m, (torch.nn.Linear, LoRALinear)) and not path.endswith(".base")}
+    ours = {f"mt5.{path}.weight" for path, m in mt5.named_modules() if isinstance(m, (nn.Linear, Int8Linear, LoRALinear)) and not path.endswith(".base")}
     names = _expand(MT5_KEYS, ours).items()
     cut = lambda name, start: name.removeprefix(start).removesuffix(".weight")
     return {cut(official, "language_model."): cut(mine, "mt5.") for mine, official in names}
 
 
 def base_digest(mt5: MT5) -> str:
-    """sha256 of a language model without its LoRA: the fingerprint that an adapter of ours carries."""
+    """sha256 of a language model without its LoRA, the codes and scales of int8 layers included: the fingerprint that an adapter carries."""
     if any(layer.unmerged is not None for layer in lora_layers(mt5).values()):
         raise ValueError("LoRA is merged: unmerge it first")
-    own = {id(p) for layer in lora_layers(mt5).values() for p in (layer.A, layer.B)}
-    return digest({name.replace(".base.", "."): p for name, p in mt5.named_parameters() if id(p) not in own})
+    return digest(held_tensors(mt5))
 
 
 def save_adapter(mt5: MT5, folder: Path, prefix: str = "") -> None:

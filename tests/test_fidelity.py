@@ -41,10 +41,11 @@ def test_every_name_of_a_language_can_be_written_and_few_english_ones_outside_la
     left = {}
     for lang, mask in masks.items():
         assert mask.shape == (len(tokenizer),) and not mask[tokenizer.pad] and not mask[tokenizer.unk]
-        assert all(writable(tokenizer, mask, name) for name in emoji.names[lang].values()), lang
+        own = [writable(tokenizer, mask, name) for name in emoji.names[lang].values()]  # but "LED" and the like in another script
+        assert sum(own) / len(own) > 0.99 and (sum(own) == len(own) or script_group(lang) != "Latin"), lang
         left.setdefault(script_group(lang), []).append(sum(writable(tokenizer, mask, n) for n in english) / len(english))
     mean = {group: sum(shares) / len(shares) for group, shares in left.items()}
-    assert mean["Indic"] == mean["SE Asian"] == 0 and mean["Cyrillic"] < 0.01 and mean["Arabic"] < 0.01 and mean["CJK"] < 0.01
+    assert mean["Indic"] == mean["SE Asian"] == mean["Cyrillic"] == mean["Arabic"] == mean["CJK"] == 0
     assert 0.2 < mean["Latin"], "a mask of a Latin language still lets a good part of the English words through"
 
 
@@ -117,7 +118,7 @@ def test_a_model_that_knows_nothing_writes_only_the_pieces_of_the_language(emoji
     free = answer(model, tokenizer, image, emoji, items)
     kept = answer(model, tokenizer, image, emoji, items, masks=masks)
     for (_, lang), text in zip(items, kept):
-        assert script_share(text, lang) is None or script_share(text, lang) > 0.8, (lang, text)  # people's texts have an "LED" or "X", too
+        assert script_share(text, lang) in (None, 1.0), (lang, text)
     rate = lambda answers: sum(row["in_language"] for row in score(emoji, items, answers, judge).values()) / len(langs)
     assert rate(kept) > rate(free)
     share = lambda answers: sum(script_share(text, lang) or 0 for (_, lang), text in zip(items, answers)) / len(items)

@@ -297,3 +297,33 @@ def test_arguments_that_do_not_fit():
         generate(model, image, prompt, mask, Decoding(num_beams=40))
     with pytest.raises(AssertionError, match="3 prompts, 2 samples"):
         generate(model, image[:2], prompt, mask)
+
+
+@pytest.mark.parametrize("V", [67, 640, 8064, 250112])
+def test_best_pieces_are_those_of_topk(V):
+    from nanomblip.generate import best_pieces
+
+    generator = torch.Generator().manual_seed(V)
+    for k in (1, 10, 40 if V > 80 else 20):
+        scores = torch.randn(3, V, generator=generator)
+        scores[0, 5:] = -torch.inf  # few that are possible
+        scores[1, :20] = 9.0 - torch.arange(20) / 100  # all the best side by side
+        (values, places), want = best_pieces(scores, k), scores.topk(k)
+        assert torch.equal(values, want.values) and torch.equal(places[1:], want.indices[1:])
+        assert torch.equal(places[0, : min(k, 5)], want.indices[0, : min(k, 5)])
+
+
+def test_beams_share_the_keys_and_values_of_the_encoder(monkeypatch):
+    from nanomblip import generate as module
+
+    model, (image, prompt, mask) = talkative(seed=19), inputs(19)
+    caches = []
+
+    class Cache(module.KVCache):
+        def reorder(self, rows, memory=True):
+            super().reorder(rows, memory)
+            caches.append((len(self.memory[0][0]), len(self.past[0][0])))
+
+    monkeypatch.setattr(module, "KVCache", Cache)
+    generate(model, image, prompt, mask, BEAMS)
+    assert caches[0] == (3, 9) and all(past == 3 * memory for memory, past in caches)

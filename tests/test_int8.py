@@ -1,13 +1,17 @@
 """int8.py against bitsandbytes, against the unrounded product, and with LoRA around it."""
 
+import copy
+import ctypes
+
 import pytest
 import torch
 import torch.nn as nn
-from test_lora import model, run
+from test_lora import model, run, run_hf
 
-from nanomblip.int8 import Int8Linear, int8_product, quantize_linears, quantize_rows
-from nanomblip.lora import add_lora, lora_layers, merge_lora
-from nanomblip.weights import digest
+from nanomblip import int8
+from nanomblip.int8 import Int8Linear, int8_path, int8_product, quantize_linears, quantize_rows
+from nanomblip.lora import add_lora, lora_layers, merge_lora, unmerge_lora
+from nanomblip.weights import WeightsError, digest, load_adapter, save_adapter, save_mt5
 
 
 def tensors(rows=5, width=64, out=48, outliers=(), seed=0):
@@ -48,6 +52,139 @@ def test_the_error_is_no_worse_than_that_of_bitsandbytes(bnb, rows, outliers):
                 theirs.append(error(layer.to("cpu").train(train)(x.half()).float(), exact))
                 ours.append(error(Int8Linear(linear, threshold)(x), exact))
         assert sum(ours) <= sum(theirs) * 1.01 and max(ours) < 0.01
+
+
+def test_a_layer_from_ready_codes_and_scales():
+    x, linear = tensors()
+    made = Int8Linear(linear)
+    layer = Int8Linear.from_tensors(made.weight, made.SCB, made.bias)
+    assert torch.equal(layer(x), made(x)) and layer.weight is made.weight and layer.threshold == 6.0
+    assert str(layer) == str(made) and list(layer.state_dict()) == list(made.state_dict()) == ["weight", "SCB", "bias"]
+    for bad, message in (((made.weight.float(), made.SCB), "weight is int8"), ((made.weight[0], made.SCB), "weight is int8"),
+                         ((made.weight, made.SCB.half()), "SCB is float32"), ((made.weight, made.SCB[:5]), "SCB is float32"),
+                         ((made.weight, -made.SCB), "negative"), ((made.weight, made.SCB * float("nan")), "not finite"),
+                         ((made.weight, made.SCB, made.bias[:5]), "bias is float"), ((made.weight, made.SCB, None, -1.0), "threshold")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Int8Linear.from_tensors(*bad)
+
+
+# ------------------------------------------------------------------------------------------- every path is the reference
+
+OUTLIERS = {"none": (), "few": (3, 40), "many": range(64)}
+
+
+@pytest.mark.parametrize("outliers", OUTLIERS)
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+@pytest.mark.parametrize("rows", [1, 5, 33, 100])
+def test_every_path_is_the_reference(monkeypatch, rows, threshold, outliers):
+    x, linear = tensors(rows, width=64 if outliers == "many" else 2100, out=1100, outliers=OUTLIERS[outliers])
+    with int8_path("reference"):
+        exact = Int8Linear(linear, threshold)(x)
+    close = lambda y: torch.equal(y, exact) if threshold and outliers == "none" else torch.allclose(y, exact, rtol=1e-5, atol=1e-5)
+    assert close(Int8Linear(linear, threshold)(x))
+    packed = Int8Linear(linear, threshold)
+    packed.pack()
+    assert close(packed(x))
+    monkeypatch.setattr(int8, "has_int_mm", lambda: False)
+    assert close(Int8Linear(linear, threshold)(x))
+    if int8.fbgemm_halves():
+        assert packed.packed is not None
+        monkeypatch.setattr(int8, "fbgemm_halves", lambda: 2)
+        assert close(packed(x))
+
+
+def worst(K):
+    """Codes whose sums overflow 16 bits soonest."""
+    q = torch.full((3, K), 127, dtype=torch.int8)
+    q[1] = -127
+    q[2, ::2] = -127
+    return q, torch.full((40, K), 127, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("isa", [1, 2])  # AVX2, and AVX-512 without VNNI
+def test_without_vnni_fbgemm_counts_in_halves(isa):
+    try:
+        force = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so")._ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE
+    except (OSError, AttributeError):
+        pytest.skip("this torch has no FBGEMM, or does not let its instruction set be chosen")
+    if isa == 2 and not torch.cpu._is_avx512_supported():
+        pytest.skip("no AVX-512 here")
+    force(isa)
+    int8.fbgemm_halves.cache_clear()
+    try:
+        assert int8.fbgemm_halves() == 2
+        q, weight = worst(512)
+        assert torch.equal(int8._fbgemm_product(q, int8.pack(weight), 2), (q.int() @ weight.int().T).float())
+        assert not torch.equal(int8._fbgemm_product(q, int8.pack(weight), 1), (q.int() @ weight.int().T).float())
+    finally:
+        force(0)
+        int8.fbgemm_halves.cache_clear()
+
+
+def test_worst_cases_are_counted_correctly():
+    for K in (1, 2, 1023, 1024, 1025, 5120):
+        q, weight = worst(K)
+        exact = (q.int() @ weight.int().T).float()
+        assert torch.equal(int8.code_product(q, weight), exact) and torch.equal(int8._float_product(q, weight).float(), exact)
+        if int8.fbgemm_halves() == 1:
+            assert torch.equal(int8._fbgemm_product(q, int8.pack(weight), 1), exact)
+
+
+def test_the_product_of_bitsandbytes_is_called_as_it_wants_to_be(bnb):
+    q, weight = worst(64)  # on CUDA; its own CPU version takes the same arguments
+    assert torch.equal(int8._bitsandbytes_product(q, weight), (q.int() @ weight.int().T).to(torch.int32))
+
+
+def test_where_an_operator_is_missing_the_result_is_the_same(monkeypatch):
+    x, linear = tensors(outliers=(3,))
+    exact = Int8Linear(linear)(x)
+    monkeypatch.delattr(torch, "_int_mm")
+    monkeypatch.delattr(torch, "_make_per_tensor_quantized_tensor")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    for ask in (int8.has_int_mm, int8.fbgemm_halves, int8.has_bf16):
+        ask.cache_clear()
+    try:
+        layer = Int8Linear(linear)
+        for _ in range(int8.PACK_AFTER + 5):
+            assert torch.allclose(layer(x), exact, atol=1e-6)
+        assert not int8.has_int_mm() and not int8.fbgemm_halves() and not int8.has_bf16() and layer.packed is None
+    finally:
+        for ask in (int8.has_int_mm, int8.fbgemm_halves, int8.has_bf16):
+            ask.cache_clear()
+
+
+@pytest.mark.skipif(not int8.fbgemm_halves(), reason="no FBGEMM here")
+def test_a_layer_packs_its_codes_when_it_writes_and_gives_them_back_when_asked():
+    x, linear = tensors()
+    layer, codes = Int8Linear(linear), Int8Linear(linear).weight
+    before = layer(x)
+    for _ in range(int8.PACK_AFTER):
+        assert torch.equal(layer(x), before)
+    assert layer.packed is not None and layer._buffers["weight"] is None  # a byte a number still
+    assert torch.equal(layer(x), before) and torch.equal(layer(x.repeat(30, 1))[:5], before)
+    with int8_path("reference"):
+        assert torch.equal(layer(x), before)
+    assert layer.packed is None and torch.equal(layer.weight, codes)
+    for use in (lambda: layer.state_dict()["weight"], lambda: copy.deepcopy(layer).weight, lambda: layer.float().weight, lambda: layer.weight):
+        layer.pack()
+        assert layer.packed is not None and torch.equal(use(), codes)
+    x.requires_grad_()
+    for _ in range(2 * int8.PACK_AFTER):  # who learns asks for the weight at each step, so it is not packed
+        layer(x).sum().backward()
+    assert layer.packed is None
+    layer.pack()
+    y = layer(x)
+    assert layer.packed is not None and torch.equal(y, before)
+    y.sum().backward()
+    assert layer.packed is None
+
+
+def test_a_path_has_a_name():
+    with pytest.raises(ValueError, match="'quick'"), int8_path("quick"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ properties
 
 
 def test_half_a_step_a_row_at_most():
@@ -93,6 +230,11 @@ def test_gradients_reach_the_input_through_the_frozen_weight():
         (layer(x) * torch.arange(48.0)).sum().backward()
         assert torch.allclose(x.grad, (torch.arange(48.0) @ layer.dequantized()).expand_as(x), rtol=1e-4, atol=1e-3)
         assert not list(layer.parameters())
+    many, weight = torch.randn(100, 1500), torch.randint(-127, 128, (1500, 64), dtype=torch.int8)  # many rows may go in bf16
+    fast = int8.input_gradient(many, weight, torch.ones(1500))
+    with int8_path("reference"):
+        exact = int8.input_gradient(many, weight, torch.ones(1500))
+    assert error(fast, exact) < (3e-3 if int8.has_bf16() else 1e-6)
 
 
 def test_zero_rows_and_an_empty_batch():
@@ -104,7 +246,13 @@ def test_zero_rows_and_an_empty_batch():
     x[1] = 0
     y = layer(x)
     assert y.isfinite().all() and torch.equal(y[1], linear.bias) and y[0, 3] == linear.bias[3]
-    assert layer(torch.zeros(0, 64)).shape == (0, 48) and layer(torch.zeros(2, 0, 64)).shape == (2, 0, 48)
+    layer.pack()
+    assert torch.equal(layer(x), y)
+    for layer in (layer, Int8Linear(linear), Int8Linear(linear, 0.0)):
+        assert layer(torch.zeros(0, 64)).shape == (0, 48) and layer(torch.zeros(2, 0, 64)).shape == (2, 0, 48)
+        empty = torch.zeros(0, 64, requires_grad=True)
+        layer(empty).sum().backward()
+        assert empty.grad.shape == (0, 64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
@@ -123,6 +271,14 @@ def test_other_bad_input():
         x[1, 1] = bad
         with pytest.raises(ValueError, match="not finite"):
             quantize_rows(x)
+        for threshold in (6.0, 0.0):
+            layer = Int8Linear(linear, threshold)
+            with pytest.raises(ValueError, match="1 of 64 inputs hold a number that is not finite"):
+                layer(x)
+            layer.pack()
+            with pytest.raises(ValueError, match="1 of 64 inputs hold a number that is not finite"):
+                layer(x)
+    assert quantize_rows(torch.tensor([[1e-40, 0.0]]))[0].eq(0).all()  # 127 / 1e-40 is infinite
     for threshold in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="threshold"):
             Int8Linear(linear, threshold)
@@ -157,10 +313,82 @@ def test_a_quantised_model_says_nearly_the_same_and_learns_through_lora():
     assert losses[-1] < losses[0] / 2
 
 
-def test_lora_is_not_merged_into_int8():
+def int8_with_lora():
     mt5 = model()
     quantize_linears(mt5, skip=("lm_head",))
-    add_lora(mt5, "qv", r=4)
-    with pytest.raises(ValueError, match="cannot be merged into an int8 layer"):
+    add_lora(mt5, "all", r=4, alpha=6.0)
+    for i, layer in enumerate(lora_layers(mt5).values()):
+        nn.init.normal_(layer.B, std=0.05, generator=torch.Generator().manual_seed(i))
+    return mt5
+
+
+def test_lora_is_merged_into_freshly_quantised_weights_and_unmerging_restores_the_bits():
+    mt5 = int8_with_lora()
+    bits, before, layers = digest(mt5.state_dict()), run(mt5), lora_layers(mt5)
+    wanted = {path: layer.base.dequantized() + layer.scale * layer.B @ layer.A for path, layer in layers.items()}
+    merge_lora(mt5)
+    assert error(run(mt5), before) < 0.1 and digest(mt5.state_dict()) != bits  # two roundings of W more, in a model of random numbers
+    for path, layer in layers.items():
+        codes, scale = quantize_rows(wanted[path].half())
+        assert torch.equal(layer.base.weight, codes) and torch.equal(layer.base.SCB, scale) and layer.base.weight.dtype == torch.int8
+        layer.base.pack()
+    assert error(run(mt5), before) < 0.1
+    with pytest.raises(ValueError, match="merged already"):
         merge_lora(mt5)
-    assert all(layer.unmerged is None for layer in lora_layers(mt5).values())
+    unmerge_lora(mt5)
+    assert digest(mt5.state_dict()) == bits and torch.equal(run(mt5), before)
+
+
+def test_a_merge_into_int8_that_overflows_changes_nothing():
+    mt5 = int8_with_lora()
+    list(lora_layers(mt5).values())[-1].B.data.fill_(1e6)  # not finite in fp16
+    bits = digest(mt5.state_dict())
+    with pytest.raises(ValueError, match="wo.*not finite"):
+        merge_lora(mt5)
+    assert digest(mt5.state_dict()) == bits and all(layer.unmerged is None for layer in lora_layers(mt5).values())
+
+
+def test_an_adapter_knows_the_int8_base_it_was_trained_on(tmp_path):
+    mt5 = int8_with_lora()
+    save_adapter(mt5, tmp_path)
+    again = model()
+    quantize_linears(again, skip=("lm_head",))
+    again.decoder.blocks[0].mlp.wo.pack()  # the fingerprint is of the codes, wherever they are
+    load_adapter(again, tmp_path)
+    assert torch.equal(run(again), run(mt5))
+    for change in (lambda m: None, lambda m: quantize_linears(m), lambda m: (quantize_linears(m, skip=("lm_head",)), m.encoder.blocks[0].attn.q.weight[0].neg_()),
+                   lambda m: (quantize_linears(m, skip=("lm_head",)), m.encoder.blocks[0].attn.q.SCB[:1].mul_(1.01))):  # fmt: skip
+        other = model()
+        change(other)
+        with pytest.raises(WeightsError, match="another language model"):
+            load_adapter(other, tmp_path)
+        assert not lora_layers(other)
+
+
+@pytest.mark.parametrize("targets", [["q", "v"], ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]], ids=len)
+def test_an_adapter_of_peft_over_an_8_bit_base(bnb, tmp_path, targets):
+    """transformers + bitsandbytes + peft on the CPU: the same outputs and gradients but for the rounding of x, which their training leaves out."""
+    peft = pytest.importorskip("peft")
+    from transformers import BitsAndBytesConfig, MT5ForConditionalGeneration
+
+    save_mt5(model(), tmp_path / "base")
+    hf = MT5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    torch.manual_seed(1)
+    hf = peft.get_peft_model(hf, peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=targets)).train()
+    hf.save_pretrained(tmp_path / "adapter")
+    mt5 = model()
+    quantize_linears(mt5, skip=("wo", "lm_head"), threshold=0.0)
+    load_adapter(mt5, tmp_path / "adapter")
+    assert all(isinstance(layer.base, Int8Linear) == (not path.endswith("wo")) for path, layer in lora_layers(mt5).items())
+    ours, theirs = run(mt5), run_hf(hf)
+    assert error(ours, theirs) < 2e-3
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    of = lambda name, side: next(p.grad for n, p in hf.named_parameters() if f"{name}.lora_{side}." in n)
+    for path, name in (("encoder.blocks.0.attn.q", "encoder.block.0.layer.0.SelfAttention.q"), ("decoder.blocks.2.cross_attn.v", "decoder.block.2.layer.1.EncDecAttention.v")):
+        for side in "AB":
+            assert error(getattr(lora_layers(mt5)[path], side).grad, of(name, side)) < 0.01
+    with_x_rounded = model()
+    quantize_linears(with_x_rounded, skip=("wo", "lm_head"))
+    load_adapter(with_x_rounded, tmp_path / "adapter")
+    assert 0 < error(run(with_x_rounded), theirs) < 0.1 and 0 < error(run_hf(hf.eval()), theirs) < 0.1  # in eval() they round x as well

@@ -198,3 +198,19 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(ValueError, match="mt0, blip2, aligned"):
         make_nano.main(["--steps", "2"])
+
+
+@pytest.mark.parametrize("pieces", (5, 256, 700))
+def test_the_loss_in_parts_is_cross_entropy(pieces):
+    generator = torch.Generator().manual_seed(pieces)
+    labels = torch.randint(0, 97, (pieces,), generator=generator)
+    made = [torch.randn(pieces, 24, generator=generator), torch.randn(97, 24, generator=generator)]
+    ours, theirs = ([t.clone().requires_grad_() for t in made] for _ in range(2))
+    loss, losses = make_nano.HeadLoss.apply(*ours, labels)
+    expected = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, labels, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(loss, expected.mean())
+    (3 * loss).backward()
+    (3 * expected.mean()).backward()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad)

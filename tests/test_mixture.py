@@ -260,6 +260,17 @@ def test_loader_workers_cannot_change_the_data(emoji, tokenizer):
             assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
+def test_a_share_of_the_pictures_is_part_of_a_larger_one(emoji):
+    mix, tasks = parse_lang_mix("all", emoji.langs), parse_tasks("caption,keywords,choice")
+    shares = {share: Mixture(emoji, mix, tasks, 0, share=share) for share in (0.01, 0.1, 1.0)}
+    cells = {share: set(mixture.cells) for share, mixture in shares.items()}
+    assert cells[0.01] < cells[0.1] < cells[1.0] == set(emoji.cells_in("train"))
+    assert 0.07 < len(cells[0.1]) / len(cells[1.0]) < 0.13 and len(cells[0.01]) > 10
+    assert {shares[0.01].example(i).picture for i in range(300)} <= cells[0.01]
+    with pytest.raises(ValueError, match="--data_share"):
+        Mixture(emoji, mix, tasks, 0, share=1e-4)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_one_stream(emoji, tokenizer, world):
     def made(rank, world, count):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise
+from make_checkpoint import write_checkpoint
 from PIL import Image
 
 import sample
@@ -222,3 +223,123 @@ def test_force_lang_keeps_the_answer_in_the_script_of_the_language(capsys):
     free = run(capsys, "--image", CAT, "--lang", "th")[1]
     status, kept, _ = run(capsys, "--image", CAT, "--lang", "th", "--force_lang")
     assert status == 0 and (script_share(kept, "th") or 1) > 0.9 and (script_share(free, "th") or 0) < 0.9
+
+
+# ------------------------------------------------------------------------------------------------- official weights
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A checkpoint as it lies on the hub, as regards the tokenizer: 250,100 pieces, 250,112 rows, no image token in its config."""
+    folder = tmp_path_factory.mktemp("official")
+    write_checkpoint(folder, replace(CFG, mt5=replace(CFG.mt5, vocab=250112)), legacy=True, shard=10_000_000)
+    return folder
+
+
+def test_an_official_checkpoint_answers_in_every_type(capsys, official):
+    argv = ["--image", CAT, "--model", official, "--max_new_tokens", 6]
+    texts = {t: run(capsys, *argv, "--vision_dtype", t, "--llm_dtype", t) for t in ("fp32", "bf16", "int8")}
+    assert all(status == 0 and out.count("\n") == 1 for status, out, _ in texts.values())
+    assert run(capsys, *argv) == texts["fp32"]  # auto, for a model of this size
+    status, _, err = run(capsys, *argv, "--llm_dtype", "int4")
+    assert status == 2 and "--llm_dtype" in err
+
+
+def test_a_question_is_asked_as_in_the_paper(capsys, tmp_path):
+    target = tmp_path / "a.jsonl"
+    assert run(capsys, "--image", CAT, "--question", "What is it?", "--lang", "sw", "--out", target)[0] == 0
+    assert json.loads(target.read_text())["prompt"] == "Question: What is it? Short answer in Swahili:"
+    assert sample.decoding_of(sample.Config(question="x")).num_beams == 5 and sample.decoding_of(sample.Config()).num_beams == 1
+    for flags in (("--question", "x", "--prompt", "y"), ("--question", "  ")):
+        status, _, err = run(capsys, "--image", CAT, *flags)
+        assert status == 2 and "--question" in err
+
+
+def test_two_pictures_together_are_one_question(capsys, tmp_path):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    a, b, target = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "out.jsonl"
+    assert run(capsys, "--image", a, b, "--together", "--question", "Which is red?", "--out", target)[0] == 0
+    (row,) = [json.loads(line) for line in target.read_text().splitlines()]
+    assert row["image"] == [str(a), str(b)]
+    one, two, swapped = (run(capsys, "--image", *files, "--together", "--sample", "--temperature", 3, "--max_new_tokens", 20)[1] for files in ((a,), (a, b), (b, a)))
+    assert len({one, two, swapped}) > 1 and two.count("\n") == 1
+    (tmp_path / "b.png").write_bytes(b"bad")
+    status, out, err = run(capsys, "--image", a, b, "--together")
+    assert status == 2 and out == "" and "b.png" in err
+
+
+def test_a_stream_prints_the_same_text(capsys, monkeypatch):
+    status, want, _ = run(capsys, "--image", CAT, "--max_new_tokens", 30)
+    parts = []
+    monkeypatch.setattr(sample, "print", lambda *args, **kwargs: (parts.append(args[0] if args else ""), print(*args, **kwargs))[1], raising=False)
+    status, got, _ = run(capsys, "--image", CAT, "--stream", "--max_new_tokens", 30)
+    assert status == 0 and got.splitlines()[-1] == want.splitlines()[-1] and len(parts) > 3
+    for flags in (("--num_beams", 3), ("--preset", "caption"), ("--out", "x"), (CAT,)):
+        status, _, err = run(capsys, *(("--image", CAT, CAT) if flags == (CAT,) else ("--image", CAT, *flags)), "--stream")
+        assert status == 2 and "--stream" in err
+
+
+def test_saved_in_int8_it_answers_the_same(capsys, official, tmp_path):
+    argv = ["--image", CAT, "--max_new_tokens", 6]
+    want = run(capsys, *argv, "--model", official, "--vision_dtype", "int8", "--llm_dtype", "int8", "--save", tmp_path / "q")
+    assert want[0] == 0 and "wrote" in want[2]
+    got = run(capsys, *argv, "--model", tmp_path / "q")
+    assert got[0] == 0 and got[1] == want[1]
+    assert sum(p.stat().st_size for p in (tmp_path / "q").glob("*.safetensors")) < 0.45 * sum(p.stat().st_size for p in official.glob("*.safetensors"))
+    status, _, err = run(capsys, *argv, "--model", official, "--save", tmp_path / "q")
+    assert status == 2 and "not an empty folder" in err
+    status, _, err = run(capsys, *argv, "--model", tmp_path / "q", "--llm_dtype", "fp32")
+    assert status == 2 and "stored in int8" in err
+
+
+@pytest.mark.parametrize("llm", ["fp32", "int8"])
+def test_a_merged_folder_is_the_same_model_in_transformers(capsys, official, tmp_path, llm):
+    """LoRA on the language model, held in floats or in int8: transformers opens the folder with its processor and computes our logits."""
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+    from nanomblip.lora import add_lora, lora_layers
+    from nanomblip.weights import load_mblip, save_adapter
+
+    model = load_mblip(official)
+    add_lora(model.mt5, "all", r=4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.B, std=0.3)
+    save_adapter(model.mt5, tmp_path / "lora")
+    flags = ("--adapter", tmp_path / "lora") if llm == "fp32" else ("--adapter", tmp_path / "lora", "--llm_dtype", "int8")
+    if llm == "int8":  # an adapter of ours carries the fingerprint of the float base, which an int8 one cannot show
+        from safetensors.torch import load_file, save_file
+
+        save_file(load_file(tmp_path / "lora" / "adapter_model.safetensors"), tmp_path / "lora" / "adapter_model.safetensors")
+    status, _, err = run(capsys, "--image", CAT, "--model", official, *flags, "--merge", tmp_path / "merged", "--max_new_tokens", 2)
+    assert status == 0, err
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    processor = Blip2Processor.from_pretrained(tmp_path / "merged")
+    picture, question = Image.open(CAT).convert("RGB"), "Caption the image in Swahili."
+    batch = processor(images=picture, text=question, return_tensors="pt")
+    ids, labels = model_inputs(official, question), torch.tensor([[5, 9, 1]])
+    assert batch["input_ids"].tolist() == [[250100] * CFG.queries + ids[0].tolist()]
+    with torch.no_grad():
+        want = theirs(**batch, labels=labels).logits
+        got, _ = model.eval()(batch["pixel_values"][:, None], ids, labels)
+        other, _ = model(torch.zeros_like(batch["pixel_values"])[:, None], ids, labels)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert (got - other).abs().max() > 1e-2  # the picture matters
+    again, _ = load_mblip(tmp_path / "merged")(batch["pixel_values"][:, None], ids, labels)
+    torch.testing.assert_close(got, again, atol=1e-4, rtol=1e-4)
+
+
+def model_inputs(folder, question):
+    from nanomblip.tokenizer import Tokenizer
+
+    return torch.tensor([Tokenizer(folder / "spiece.model").encode(question)])
+
+
+def test_an_official_name_is_fetched_into_weights(capsys, official, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    monkeypatch.setattr(sample, "download", lambda name, folder: asked.append((name, folder)) or official)
+    status, out, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-xl", "--max_new_tokens", 2)
+    assert status == 0 and asked == [("mblip-mt0-xl", tmp_path / "weights" / "mblip-mt0-xl")]
+    status, _, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-small")
+    assert status == 2 and "train.py --llm mt0-small" in err

@@ -54,3 +54,44 @@ def test_a_damaged_model_is_one_clear_error(tmp_path, data):
         path.write_bytes(data)
     with pytest.raises((ValueError, FileNotFoundError), match="spiece.model"):
         Tokenizer(path)
+
+
+def test_transformers_reads_our_tokenizer_without_protobuf(tmp_path):
+    """The same ids for every name in every language, and for odd spaces; the picture's piece comes after ours."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    from nanomblip.tokenizer import to_hf
+
+    ours = Tokenizer(ROOT / "spiece.model")
+    for name, content in to_hf(ours, image_token=len(ours)).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [str(n) for names in load_emoji("core").names.values() for n in names.values()][::7]
+    texts += ["Caption the image in Swahili.", "  paka   mweusi ", "猫", "a\tb\nc", "👩\u200d🚀", "x" * 300, ""]
+    for text in texts:
+        assert theirs(text).input_ids == ours.encode(text, 10_000), text
+    assert theirs("<image>").input_ids == [len(ours), 1] and len(texts) > 1000
+
+
+def test_transformers_reads_a_tokenizer_that_normalises(tmp_path):
+    """mT5's own does (nmt_nfkc) and has bytes for what it does not know; this one is made like it."""
+    import json
+
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    from nanomblip.tokenizer import to_hf
+
+    names = [name for names in load_emoji("core").names.values() for name in names.values()]
+    (tmp_path / "text").write_text("\n".join(names[::5]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=3000, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        byte_fallback=True, character_coverage=0.99, normalization_rule_name="nmt_nfkc", minloglevel=2, hard_vocab_limit=False)  # fmt: skip
+    ours = Tokenizer(tmp_path / "spiece.model")
+    for name, content in to_hf(ours, image_token=len(ours)).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*names[1::9], "Caption  the image in Ｓｗａｈｉｌｉ.", " a\tb ", "猫ﬁ①", "ñandú ㎏", "👩🚀"]:
+        assert theirs(text).input_ids == ours.encode(text, 10_000), text

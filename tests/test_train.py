@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from nanomblip.lora import lora_layers, merge_lora
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Log, RunLock, State
-from nanomblip.weights import load_mblip, save_mblip, save_mt5
+from nanomblip.weights import load_adapter, load_mblip, load_mt5, save_mblip, save_mt5
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = PRESETS["nano"]
@@ -135,7 +136,7 @@ def bases():
     save_mt5(reads, Path("reads"))
     for folder in ("sees", "reads"):
         shutil.copyfile(train.DATA / "spiece.model", f"{folder}/spiece.model")
-    return sees, reads, [*FLAGS, "--init", "blip2", "--blip2", "sees", "--llm", "reads", "--views", "1"]
+    return sees, reads, [*FLAGS, "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1", "--imitate", "0"]
 
 
 def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeypatch):
@@ -157,16 +158,126 @@ def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeyp
         assert everything(f"cut{stop}") == everything("whole")
 
 
-def test_a_language_model_with_other_pieces_is_refused(bases):
+ADAPTED = "--align 2 --lora all --lora_dropout 0.2 --lora_r 4 --lora_lr 0.01 --int8 --views 0 --eval_every 0".split()
+
+
+def test_lora_over_int8_learns_and_a_resumed_run_ends_with_the_same_bits(bases, monkeypatch, capsys):
     sees, reads, flags = bases
-    Path("reads/spiece.model").write_bytes(b"other pieces")
-    with pytest.raises(ValueError, match="spiece.model is not the one"):
-        train.main([*flags, "--run", "r"])
+    assert train.main([*flags, *ADAPTED, "--run", "whole"]) == 0
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    count = sum(4 * (p.shape[0] + p.shape[1]) for name, p in reads.named_parameters() if p.ndim == 2 and ".blocks." in name)
+    size = sum(p.numel() for p in reads.parameters())
+    assert rows["LoRA"] == [f"{count:,}", f"{count:,}", "float32", f"{4 * count / 1e6:.1f}", "AdamW", "0.01"]
+    assert rows["language model"][:3] == [f"{size:,}", "0", "bfloat16/float32/int8"] and float(rows["language model"][3]) < 4 * size / 1e6 / 1.8
+    record = json.loads(Path("out/whole/record.json").read_text())
+    assert record["parameters"] == sum(p.numel() for p in load_mblip("out/whole").parameters()) + count
+    for stop in (1, 6):  # in the alignment and after it
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            assert train.main([*flags, *ADAPTED, "--run", f"cut{stop}"]) == 128 + signal.SIGINT
+        assert train.main(["--resume", f"out/cut{stop}"]) == 0
+        assert everything(f"cut{stop}") == everything("whole")
+        assert Path(f"out/cut{stop}/model.safetensors").read_bytes() == Path("out/whole/model.safetensors").read_bytes()
+        one, other = (load_file(f"out/{run}/adapter/adapter_model.safetensors") for run in (f"cut{stop}", "whole"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)  # its metadata stand in any order
+
+
+def test_what_lora_has_learned_is_merged_into_the_weights_as_they_were_before_int8(bases):
+    sees, reads, flags = bases
+    assert train.main([*flags, *ADAPTED, "--run", "r"]) == 0
+    merged, adapted = load_mblip("out/r").mt5, load_mt5("reads", llm_dtype="int8")
+    load_adapter(adapted, "out/r/adapter")
+    layers, before = lora_layers(adapted), dict(reads.named_parameters())
+    assert len(layers) == 7 + 2 * 11 and all(layer.B.abs().max() > 0 and layer.scale == 4 for layer in layers.values())
+    for path, layer in layers.items():
+        assert torch.allclose(merged.get_submodule(path).weight, before[f"{path}.weight"] + layer.scale * layer.B @ layer.A, atol=1e-6)
+    ids = torch.tensor([[5, 9, 13, 2, 1], [7, 3, 1, 0, 0]])
+    one, other = (mt5.eval()(ids, ids != 0, ids) for mt5 in (merged, adapted))
+    assert (one - other).norm() / other.norm() < 0.05  # but for the rounding
+
+
+def test_lora_alone_over_floats(bases):
+    sees, reads, flags = bases
+    assert train.main([*flags, "--align", "0", "--lora", "qv", "--views", "0", "--run", "r"]) == 0
+    after, before = load_mblip("out/r").mt5, dict(reads.named_parameters())
+    changed = {name.split(".")[-2] for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"q", "v"}
+    load_adapter(reads, "out/r/adapter")
+    merge_lora(reads)
+    assert all(torch.allclose(after.get_submodule(path).weight, layer.base.weight, atol=1e-6) for path, layer in lora_layers(reads).items())
+
+
+def test_with_int8_the_loss_ends_where_it_ends_without(bases):
+    _, _, flags = bases
+    ends = {}
+    for name, more in (("float", []), ("int8", ["--int8"]), ("weights", ["--int8", "--int8_threshold", "0"])):
+        assert train.main([*flags, "--steps", "40", "--align", "0", "--lora", "all", "--lr", "0.01", "--lora_lr", "0.01", "--eval_every", "0",
+                           "--views", "0", *more, "--run", name]) == 0  # fmt: skip
+        with open(f"out/{name}/loss.csv") as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        ends[name] = sum(losses[-10:]) / 10
+    assert losses[0] - ends["float"] > 0.3
+    assert len(set(ends.values())) == 3 and max(ends.values()) < 1.01 * min(ends.values()), ends
+
+
+@pytest.mark.parametrize("more,words", [
+    (["--lora", "all", "--train", "projection"], "--lora all goes with --train all"), (["--lora", "qv", "--train", "everything"], "--lora qv goes"),
+    (["--int8", "--train", "everything"], "--int8 is for a frozen"), (["--int8", "--llm", "random"], "--int8 with a random"),
+    (["--lora_r", "0"], "--lora_r.*rank 0"), (["--lora_alpha", "nan"], "alpha nan"), (["--lora_dropout", "1"], "dropout 1"),
+    (["--lora_lr", "0"], "--lora_lr 0"), (["--int8_threshold", "-1"], "--int8_threshold -1"), (["--int8_threshold", "nan"], "--int8_threshold nan"),
+])  # fmt: skip
+def test_lora_and_int8_where_they_make_no_sense(bases, more, words):
+    with pytest.raises(ValueError, match=words):
+        train.main([*bases[2], *more, "--run", "r"])
+    assert not Path("out/r/train.json").exists()
+
+
+def test_a_language_model_that_is_int8_in_its_file_is_refused(bases):
+    config = json.loads(Path("reads/config.json").read_text())
+    Path("reads/config.json").write_text(json.dumps(config | {"quantization_config": dict(quant_method="bitsandbytes", load_in_8bit=True)}))
+    with pytest.raises(ValueError, match="reads: holds int8"):
+        train.main([*bases[2], *ADAPTED, "--run", "r"])
+
+
+def test_the_tokenizer_is_that_of_the_language_model(bases):
+    """A BLIP-2 brings the tokenizer of an English T5, which has nothing to say here."""
+    sees, reads, flags = bases
+    Path("sees/spiece.model").write_bytes(b"other pieces")
+    assert train.main([*flags, "--run", "r1"]) == 0
+    assert Path("out/r1/spiece.model").read_bytes() == Path("reads/spiece.model").read_bytes()
     Path("reads/spiece.model").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="spiece.model"):
         train.main([*flags, "--run", "r2"])
+    shutil.copyfile(train.DATA / "spiece.model", "sees/spiece.model")
     assert train.main([*flags[:-3], "random", "--run", "r3"]) == 0
     assert load_mblip("out/r3").mt5.cfg == SMALL.mt5
+
+
+def test_official_bases_are_fetched(bases, monkeypatch):
+    """Of the model that sees, only what is not its language model."""
+    _, reads, flags = bases
+    asked = []
+    folders = {"blip2-flan-t5-xl": Path("sees"), "mt0-small": Path("reads")}
+    monkeypatch.setattr(train, "download", lambda name, folder, skip: asked.append((name, folder.name, skip)) or folders[name])
+    assert train.main([*flags, "--vision", "blip2-flan-t5-xl", "--llm", "mt0-small", "--run", "r"]) == 0
+    assert asked == [("blip2-flan-t5-xl", "blip2-flan-t5-xl", "language_"), ("mt0-small", "mt0-small", None)]
+    assert train.digest(dict(load_mblip("out/r").mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
+
+
+def test_trained_parts_alone_and_the_merged_whole(bases):
+    """With the ViT in int8, too; the merged folder has the ViT of the file, not of the rounded one."""
+    sees, reads, flags = bases
+    assert train.main([*flags, "--save", "trained", "--merge", "--vision_dtype", "int8", "--run", "r"]) == 0
+    model, merged = load_mblip("out/r"), load_mblip("out/r/merged")
+    assert train.digest(dict(merged.vit.named_parameters())) == train.digest(dict(sees.vit.named_parameters()))
+    for name, p in merged.named_parameters():
+        trained = not name.startswith(("vit.", "mt5."))
+        assert torch.equal(p.half().float() if trained else p, model.get_parameter(name)), name
+    assert Path("out/r/model.safetensors").stat().st_size < 0.2 * Path("out/r/merged/model.safetensors").stat().st_size
+    assert json.loads(Path("out/r/config.json").read_text())["bases"]["vision"] == "../../sees"
+    for wrong in (["--save", "trained", "--init", "out/r/merged"], ["--save", "trained", "--llm", "random"], ["--vision_dtype", "int8", "--train", "everything"]):
+        with pytest.raises(ValueError, match="--save|--vision_dtype"):
+            train.main([*flags, *wrong, "--run", "w"])
 
 
 def test_a_log_is_whole_on_disk_as_soon_as_it_is_open():
@@ -341,3 +452,25 @@ def test_a_damaged_config_cannot_be_resumed(key, value):
     Path("out/r/train.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match="does not fit"):
         train.main(["--resume", "out/r"])
+
+
+def test_imitation_comes_first_and_moves_the_whole_bridge(bases, monkeypatch):
+    """The Q-Former, queries and projection learn in it, the language model is not run, and a stop inside it costs no bit."""
+    sees, reads, flags = bases
+    flags = [*flags, "--imitate", "0.5"]
+    calls = []
+    with monkeypatch.context() as patch:
+        forward = MBLIP.forward
+        patch.setattr(MBLIP, "forward", lambda self, *args, **kwargs: (calls.append(1), forward(self, *args, **kwargs))[1])
+        assert train.main([*flags, "--run", "whole"]) == 0
+    assert len(calls) == 2 * (9 - 4)  # micro-batches of the steps after the first four
+    whole = load_mblip("out/whole")
+    assert not torch.equal(whole.queries, sees.queries) and not torch.equal(whole.qformer.blocks[0].fc1.weight, sees.qformer.blocks[0].fc1.weight)
+    assert train.digest(dict(whole.mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert train.main([*flags, "--run", "cut"]) == 128 + signal.SIGINT
+    assert train.main(["--resume", "out/cut"]) == 0
+    assert everything("cut") == everything("whole")
+    with pytest.raises(ValueError, match="--imitate 2"):
+        train.main([*flags, "--imitate", "2", "--run", "r"])

@@ -1,0 +1,312 @@
+"""What int8 and LoRA cost and save at mT0-XL's widths: `python tests/bench_int8.py --part layers` (or decode, or train).
+
+    layers   one layer: time by rows against fp32; error on planted outliers against bitsandbytes; what the thresholds in int8.py rest on
+    decode   greedy and 5 beams: ours in int8 against transformers in fp32
+    train    a LoRA step, 8 x (64 + 32) pieces: ours in int8 against transformers + peft in fp32 and, over bitsandbytes, in int8
+
+In decode and train each side is a process of its own with the same random weights in the widths of mT0-XL (2048, 5120, 32 heads, 250,112
+pieces) and --layers layers in each stack, six columns of outliers planted by the norms. The sides work in turns, so that both
+meet the same machine; the best of --rounds turns counts, by the clock and by the processor's time (on a busy machine only the latter
+means something). Peak memory is read from outside, of the work alone and with the model's making. About 10 GB of memory.
+
+Not collected by pytest.
+"""
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn as nn
+
+from nanomblip import int8
+from nanomblip.flags import flag, parse_flags, run_main
+from nanomblip.generate import Decoding, beam_search, write_one_each
+from nanomblip.int8 import Int8Linear
+from nanomblip.layout import mt5_config_to_hf
+from nanomblip.lora import add_lora
+from nanomblip.mt5 import MT5, MT5Config
+
+
+@dataclass(frozen=True)
+class Config:
+    part: str = flag("layers", "what to measure", ("layers", "decode", "train"))
+    layers: int = flag(2, "layers of each stack in decode and train")
+    pieces: int = flag(24, "pieces to write in decode")
+    rounds: int = flag(3, "turns of each side")
+    shapes: str = flag("2048x5120,5120x2048,2048x250112", "in layers: inputs x outputs")
+    rows: str = flag("1,2,4,8,16,32,64,128,256,512,1024", "in layers: how many rows")
+
+
+# ------------------------------------------------------------------------------------------------------- a single layer
+
+
+def seconds(work, rounds: int) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def bench_layers(cfg: Config) -> None:
+    print(f"{torch.get_num_threads()} threads; int_mm {int8.has_int_mm()}, FBGEMM halves {int8.fbgemm_halves()}, bf16 {int8.has_bf16()}")
+    print("milliseconds; plain: as the codes are, packed: in FBGEMM's order (with 6 columns of outliers in brackets), back: gradient of the input")
+    for shape in cfg.shapes.split(","):
+        width, out = map(int, shape.split("x"))
+        copies = max(1, 100_000_000 // (width * out))  # as in a model, the weights are not in the processor's cache
+        linears = [nn.Linear(width, out, bias=False).requires_grad_(False) for _ in range(copies)]
+        plain, packed = ([Int8Linear(linear) for linear in linears] for _ in range(2))
+        start = time.perf_counter()
+        for layer in packed:
+            layer.pack()
+        print(f"{shape}: {linears[0].weight.nbytes / 1e6:.0f} MB in fp32, packed in {(time.perf_counter() - start) / copies * 1e3:.0f} ms")
+        print(f"{'rows':>5}{'fp32':>9}{'plain':>9}{'packed':>9}{'(outliers)':>20}{'back fp32':>12}{'back':>9}")
+        for rows in map(int, cfg.rows.split(",")):
+            x, g = torch.randn(rows, width).clamp(-5, 5), torch.randn(rows, out)
+            y = x.clone()
+            y[:, :6] *= 30
+            each = lambda work: seconds(lambda: [work(i) for i in range(copies)], cfg.rounds) / copies * 1e3
+            with torch.no_grad():
+                t = [each(lambda i: linears[i](x)), each(lambda i: plain[i].product(x, often=False)), each(lambda i: packed[i](x)),
+                     each(lambda i: plain[i].product(y, often=False)), each(lambda i: packed[i](y)), each(lambda i: g @ linears[i].weight),
+                     each(lambda i: int8.input_gradient(g, plain[i].weight, plain[i].SCB))]  # fmt: skip
+            print(f"{rows:>5}{t[0]:>9.2f}{t[1]:>9.2f}{t[2]:>9.2f}{f'({t[3]:.2f} {t[4]:.2f})':>20}{t[5]:>12.2f}{t[6]:>9.2f}", flush=True)
+    bench_errors()
+
+
+def bench_errors() -> None:
+    import bitsandbytes
+
+    print("\nrelative error of a 2048 -> 5120 layer against fp32, 32 rows, columns with outliers 20 times the rest")
+    for outliers in (0, 1, 6, 50):
+        errors = {}
+        for seed in range(4):
+            torch.manual_seed(seed)
+            linear, x = nn.Linear(2048, 5120, bias=False), torch.randn(32, 2048)
+            x[:, torch.randperm(2048)[:outliers]] *= 20
+            theirs = bitsandbytes.nn.Linear8bitLt(2048, 5120, bias=False, has_fp16_weights=False, threshold=6.0)
+            theirs.load_state_dict(linear.state_dict())
+            theirs, packed = theirs.to("cpu").eval(), Int8Linear(linear)
+            packed.pack()
+            with torch.no_grad():
+                exact = linear(x)
+                for name, y in dict(ours=Int8Linear(linear)(x), packed=packed(x), bitsandbytes=theirs(x.half()).float()).items():
+                    errors.setdefault(name, []).append(((y - exact).norm() / exact.norm()).item())
+        print(f"{outliers:>3} columns: " + ", ".join(f"{name} {sum(e) / len(e):.5f}" for name, e in errors.items()))
+
+
+# ------------------------------------------------------------------------------------------- models, one in each process
+
+
+def noise(shape) -> torch.Tensor:
+    """Normal numbers, of which the same four million come again and again, at other places of a row: 512 million fresh ones take a while."""
+    some, count = torch.randn(4_000_037, generator=torch.Generator().manual_seed(0)), torch.Size(shape).numel()
+    return some.repeat(-(-count // len(some)))[:count].view(shape)
+
+
+def fill(linears: dict[str, nn.Linear], put) -> None:
+    """Give each layer of a meta model the weight of its name, one at a time; put(name, weight) decides how it is held."""
+    for name in sorted(linears):
+        put(name, noise(linears[name].weight.shape).mul_(linears[name].in_features ** -0.5))
+
+
+def finish(model: nn.Module) -> None:
+    """What is still on the meta device: norms, with outliers in six columns, bias tables and the embedding."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_meta:
+                value = torch.ones(p.shape) if p.ndim == 1 else noise(p.shape)
+                if p.ndim == 1:
+                    value[:6] = 10.0
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def build_ours(cfg: Config, lora: bool):
+    size = MT5Config(layers=cfg.layers, decoder_layers=cfg.layers, dropout=0.0)
+    with torch.device("meta"):
+        mt5 = MT5(size)
+
+    def put(name, weight):
+        owner, _, leaf = name.rpartition(".")
+        codes, scale = int8.quantize_rows(weight.half())
+        setattr(mt5.get_submodule(owner), leaf, Int8Linear.from_tensors(codes, scale))
+
+    fill({name: m for name, m in mt5.named_modules() if isinstance(m, nn.Linear)}, put)
+    finish(mt5)
+    if lora:
+        add_lora(mt5, "all", r=8, alpha=16.0)
+    return mt5
+
+
+def build_theirs(cfg: Config, lora: bool, bnb: bool):
+    """transformers, which never quantises wo and lm_head."""
+    from transformers import MT5Config as HFConfig
+    from transformers import MT5ForConditionalGeneration
+
+    hf = mt5_config_to_hf(MT5Config(layers=cfg.layers, decoder_layers=cfg.layers, dropout=0.0))
+    with torch.device("meta"):
+        model = MT5ForConditionalGeneration(HFConfig(**{k: v for k, v in hf.items() if k != "model_type"}))
+
+    def put(name, weight):
+        linear = model.get_submodule(name)
+        if bnb and not name.endswith(("wo", "lm_head")):
+            from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+            owner, _, leaf = name.rpartition(".")
+            linear = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+            linear.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            setattr(model.get_submodule(owner), leaf, linear.to("cpu"))
+        else:
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    fill({name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}, put)
+    finish(model)
+    model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
+    if lora:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q", "k", "v", "o", "wi_0", "wi_1", "wo"]))
+    return model
+
+
+def piece_ids(rows: int, count: int) -> torch.Tensor:
+    return torch.randint(2, 250_000, (rows, count), generator=torch.Generator().manual_seed(0))
+
+
+def work_ours(cfg: Config, model: MT5, job: str):
+    if job == "train":
+        prompt, labels = piece_ids(8, 64), piece_ids(8, 32)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def step():
+            logits = model.decode(model.shift_right(labels), model.encode(model.embed_pieces(prompt), prompt > 0), prompt > 0)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return step
+    prompt, beams = piece_ids(1, 64), 1 if job == "greedy" else 5
+    decoding = Decoding(num_beams=beams, min_new_tokens=cfg.pieces, max_new_tokens=cfg.pieces)
+    may = torch.ones(1, 250_112, dtype=torch.bool)
+
+    @torch.no_grad()
+    def write():
+        memory = model.encode(model.embed_pieces(prompt), prompt > 0)
+        found = beam_search(model, memory, prompt > 0, may, decoding) if beams > 1 else write_one_each(model, memory, prompt > 0, may, decoding, [0], None)
+        return len(found[0][0].ids)
+
+    return write
+
+
+def work_theirs(cfg: Config, model, job: str):
+    if job == "train":
+        model.train()
+        prompt, labels = piece_ids(8, 64), piece_ids(8, 32)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def step():
+            loss = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return step
+    prompt, beams = piece_ids(1, 64), 1 if job == "greedy" else 5
+    model.eval()
+
+    @torch.no_grad()
+    def write():
+        out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), num_beams=beams, do_sample=False, use_cache=True,
+                             min_new_tokens=cfg.pieces, max_new_tokens=cfg.pieces)  # fmt: skip
+        return out.shape[1] - 1
+
+    return write
+
+
+def child(side: str, cfg: Config, pipe) -> None:
+    """Build a model, then do a job each time the parent says so; answers with seconds by the clock, by the processor, and what came out."""
+    lora = cfg.part == "train"
+    torch.manual_seed(0)
+    model = build_ours(cfg, lora) if side == "ours" else build_theirs(cfg, lora, bnb="int8" in side)
+    make, jobs = work_ours if side == "ours" else work_theirs, {}
+    pipe.send("ready")
+    while job := pipe.recv():
+        work = jobs.setdefault(job, None) or make(cfg, model, job)
+        jobs[job] = work
+        start = time.perf_counter(), time.process_time()
+        out = work()
+        pipe.send((time.perf_counter() - start[0], time.process_time() - start[1], out))
+
+
+def peak_mb(pid: int) -> float:
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def read_rate() -> float:
+    """GB a second in which the memory can be read, all threads together."""
+    block = torch.ones(1 << 27)
+    return block.nbytes / seconds(block.sum, 5) / 1e9
+
+
+def bench_sides(cfg: Config, sides: list[str], jobs: dict[str, int]) -> None:
+    """Let the sides do each job in turns; jobs: name -> rounds without measuring before."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, {}
+    for side in sides:  # one after the other, so that their makings do not disturb each other
+        pipes[side], end = context.Pipe()
+        processes[side] = context.Process(target=child, args=(side, cfg, end), daemon=True)
+        processes[side].start()
+        pipes[side].recv()
+    made = {side: peak_mb(p.pid) for side, p in processes.items()}
+    for p in processes.values():
+        Path(f"/proc/{p.pid}/clear_refs").write_text("5")  # the peak is counted anew from here
+    for job, warm in jobs.items():
+        times = {side: [] for side in sides}
+        for turn in range(warm + cfg.rounds):
+            for side in sides:
+                pipes[side].send(job)
+                result = pipes[side].recv()
+                times[side] += [result] if turn >= warm else []
+        best = {side: [min(t[i] for t in results) for i in (0, 1)] for side, results in times.items()}
+        for side in sides:
+            clock, cpu = best[side]
+            print(f"{job:>7} {side:<24}{clock:>9.2f} s {cpu:>9.2f} s of the processor" + (
+                "" if side == "ours" else f"; ours is {clock / best['ours'][0]:.2f} times as fast by the clock, {cpu / best['ours'][1]:.2f} by the processor")
+                + f"  [{times[side][-1][2]:.6g}]", flush=True)  # fmt: skip
+    for side in sides:
+        peak = peak_mb(processes[side].pid)
+        print(f"memory {side:<25}{peak:>9.0f} MB at work, {max(made[side], peak):.0f} MB with its making")
+        pipes[side].send(None)
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config, argv, "Measure int8 and LoRA at mT0-XL's widths.")
+    if cfg.part == "layers":
+        bench_layers(cfg)
+    elif cfg.part == "decode":
+        rate = read_rate()
+        each = 8 * 2048**2 - 2 * 2048**2 + 3 * 2048 * 5120  # a decoder layer, but for the keys and values of the encoder's output
+        weights = cfg.layers * each + 2048 * 250_112
+        print(f"{torch.get_num_threads()} threads; memory is read at {rate:.1f} GB/s: at least {weights / rate / 1e6:.0f} ms a piece for "
+              f"{weights / 1e6:.0f} MB in int8, {4 * weights / rate / 1e6:.0f} ms for four times as much in fp32")  # fmt: skip
+        print(f"{cfg.pieces} pieces after 64, {cfg.layers} + {cfg.layers} layers; [pieces written]")
+        bench_sides(cfg, ["ours", "transformers fp32"], {"greedy": 2, "5 beams": 1})
+    else:
+        print(f"{torch.get_num_threads()} threads, {cfg.layers} + {cfg.layers} layers; [loss]")
+        bench_sides(cfg, ["ours", "peft fp32", "peft bitsandbytes int8"], {"train": 1})
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
