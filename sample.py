@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 
+from nanomblip.emoji import load_emoji
+from nanomblip.fidelity import language_pieces
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.generate import DECODING, Decoding, generate
 from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
 from nanomblip.languages import LANGUAGES, parse_lang
 from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.mixture import EVAL_PROMPT
+from nanomblip.prompts import EVAL_PROMPT
 from nanomblip.runs import pick_device
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import DTYPES, config_from_hf, load_adapter, load_mblip, read_json, save_mblip, save_merged, save_processor, write_atomic
@@ -34,6 +36,7 @@ LARGE = 500_000_000  # parameters, from which on `--vision_dtype auto` and `--ll
 class Config:
     image: list = flag((), "pictures, or folders of pictures", many=True)
     lang: str = flag("en", "language of the answer: a code, an English name or an alias")
+    force_lang: bool = flag(False, "write only pieces that the language can use: its words for nano, its script for other tokenizers")
     prompt: str = flag("", f"what to ask, {{L}} = the language's English name; default: {EVAL_PROMPT!r}")
     question: str = flag("", f"a question about the picture, asked as in the paper: {QUESTION!r}")
     together: bool = flag(False, "all pictures are one question's: the model sees them one after the other and answers once")
@@ -105,6 +108,8 @@ def decoding_of(cfg: Config) -> Decoding:
         changes["num_beams"] = 1
         if cfg.num_beams > 1 or cfg.preset in DECODING and DECODING[cfg.preset].num_beams > 1:
             raise ValueError("--stream goes without beams: they go back on what they wrote; leave out --num_beams and --preset")
+    if cfg.force_lang:  # else silence is the easiest way to obey
+        changes |= dict(min_new_tokens=max(1, DECODING[preset].min_new_tokens))
     return replace(DECODING[preset], **changes)
 
 
@@ -187,6 +192,7 @@ def main(argv: list[str]) -> int:
     if size.size != model.cfg.vit.image_size:
         raise ValueError(f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}")
     print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
+    allowed = language_pieces(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)
     ids = tokenizer.encode(question, MAX_PROMPT)
     if len(ids) < len(tokenizer.encode(question, MAX_PROMPT + 1)):
         print(f"sample.py: the prompt is longer than {MAX_PROMPT} pieces; its end is left out", file=sys.stderr)
@@ -204,7 +210,8 @@ def main(argv: list[str]) -> int:
             continue
         prompt = torch.tensor([ids] * len(good), device=device)
         stream = Stream(tokenizer) if cfg.stream else None
-        found = generate(model, torch.stack(images).to(device), prompt, decoding=decoding, vocab=len(tokenizer), on_token=stream)
+        found = generate(model, torch.stack(images).to(device), prompt, decoding=decoding, vocab=len(tokenizer), allowed=allowed,
+                         on_token=stream)  # fmt: skip
         for group, hypotheses in zip(good, found):
             texts = [" ".join(tokenizer.decode(h.ids).split()) for h in hypotheses]
             names = [str(file) for file in group]

@@ -32,11 +32,13 @@ from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
+from nanomblip.imitate import imitation_loss, name_places
 from nanomblip.int8 import THRESHOLD, Int8Linear
+from nanomblip.jsonmix import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
 from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.mixture import Batches, Mixture, parse_tasks
+from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
@@ -57,8 +59,11 @@ class Config:
     lang_mix: str = flag("all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi")
     lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
-    tasks: str = flag("caption", "tasks and their shares: caption,naming,match,choice,keywords, each with :weight")
+    tasks: str = flag("caption", "tasks and their shares, each with :weight: " + ", ".join(TASKS))
     concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
+    data_share: float = flag(1.0, "share of the training pictures that is used")
+    mixture: str = flag("", "train on the paper's data instead of the embedded: a JSON file in the released format, or FILE:weight,FILE:weight")
+    image_root: str = flag("", "with --mixture: the folder of its pictures")
     init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
                               "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
     vision: str = flag("weights/nano/blip2", "with --init blip2: the model that can see: a folder, as made by weights/make_nano.py blip2, or "
@@ -66,7 +71,10 @@ class Config:
     llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
                                         "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
     vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
-    align: int = flag(100, "with --init blip2: first steps that train the projection alone, so that a fresh one does not spoil the Q-Former")
+    imitate: float = flag(0.8, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
+                               "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
+    align: int = flag(100, "with --init blip2 and without --imitate: first steps that train the projection alone, so that a fresh one does "
+                           "not spoil the Q-Former")  # fmt: skip
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
@@ -77,13 +85,13 @@ class Config:
     lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
     int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
     int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
-    steps: int = flag(1500, "optimizer steps")
+    steps: int = flag(2400, "optimizer steps, those of --imitate or --align included")
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
-                                  "auto = muon when everything starts from random weights, else adamw",
+                                  "auto = muon for nano, else adamw",
                           ("auto", "adamw", "muon"))  # fmt: skip
-    lr: float = flag(1e-3, "AdamW's peak learning rate")
+    lr: float = flag(2e-3, "AdamW's peak learning rate; the paper's, at full size, is 1e-5")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
@@ -122,6 +130,12 @@ class Config:
             raise ValueError(f"--int8_threshold {self.int8_threshold}: at least 0")
         if self.int8 and (self.init == "random" or (self.init == "blip2" and self.llm == "random")):
             raise ValueError("--int8 with a random language model: there is nothing to keep frozen; give --llm or --init a folder")
+        if not 0 < self.data_share <= 1:
+            raise ValueError(f"--data_share {self.data_share}: above 0, at most 1")
+        if bool(self.mixture) != bool(self.image_root):
+            raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
+        if not 0 <= self.imitate <= 1:
+            raise ValueError(f"--imitate {self.imitate}: a share of the steps, between 0 and 1")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
@@ -318,7 +332,7 @@ def main(argv: list[str]) -> int:
     if not mix:
         raise ValueError("--hold_out_langs leaves no language to train on")
     mix = {lang: p / sum(mix.values()) for lang, p in mix.items()}
-    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed)
+    mixture = Mixture(emoji, mix, parse_tasks(cfg.tasks), cfg.seed, share=cfg.data_share)
     language_id = LanguageID(emoji.names)
 
     # Model: from random weights or from a folder, its language model in int8 and with LoRA if wanted, then what is frozen.
@@ -351,6 +365,7 @@ def main(argv: list[str]) -> int:
         layer.threshold = cfg.int8_threshold
     if cfg.lora != "none":
         add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    measurable = not cfg.mixture or image.size == emoji.pictures.shape[1]  # else the model is for other pictures than the embedded ones
     mark_trainable(model, TRAINED[train])
     model.to(device)
     originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source  # what is held rounded is written as it was before
@@ -361,11 +376,17 @@ def main(argv: list[str]) -> int:
         raise ValueError("--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole")
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
     batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
+    data = (f"{len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
+            f"{sum(map(len, mixture.usable.values())):,} names")  # fmt: skip
+    if cfg.mixture:
+        mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False))
+        batches = JsonBatches(mixture, tokenizer, image, cfg.batch, cfg.image_root, folder / "unusable_pictures.tsv", crop=cfg.crop)
+        data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
 
     # Optimizers, and where to go on.
-    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if (train, cfg.init) == ("everything", "random") else "adamw"
+    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"
     optimizers = build_optimizers(model, kind, cfg)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -376,6 +397,8 @@ def main(argv: list[str]) -> int:
     step, seconds = state.load() if cfg.resume else (0, 0.0)
     if not cfg.resume:
         write_json(folder / "train.json", asdict(cfg))
+    if cfg.mixture:
+        mixture.keep_identity(folder / "mixture.json")
     write_json(folder / "preprocessor_config.json", image.to_hf())
     shutil.copyfile(tokenizer.path, folder / "spiece.model")
 
@@ -383,21 +406,22 @@ def main(argv: list[str]) -> int:
         fingerprint = frozen_fingerprint(model, trained, vision, llm)
         bases = [os.path.relpath(base.resolve(), folder.resolve()) for base in (vision, llm)]
 
+    spoken = None if cfg.mixture else mix  # the languages that the model says it answers in
+
     def save():
         state.save(step, seconds)
         if parts_only:
-            save_trained(model, folder, trained, *bases, len(tokenizer), mix, fingerprint)
+            save_trained(model, folder, trained, *bases, len(tokenizer), spoken, fingerprint)
         elif rounded or cfg.lora != "none":
-            save_merged(model, folder, len(tokenizer), originals, mix)
+            save_merged(model, folder, len(tokenizer), originals, spoken)
         else:
-            save_mblip(model, folder, image_token=len(tokenizer), languages=mix)
+            save_mblip(model, folder, image_token=len(tokenizer), languages=spoken)
         if cfg.lora != "none":
             save_adapter(model.mt5, folder / "adapter")
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
-    print(f"data    {len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
-          f"{sum(map(len, mixture.usable.values())):,} names; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")  # fmt: skip
+    print(f"data    {data}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
     print(parts_table(model, optimizers), flush=True)
 
     size = len(emoji.cells) * batches.views * model.cfg.vit.tokens * model.cfg.vit.width * 4
@@ -412,7 +436,13 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
-    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection"
+    imitating = round(cfg.imitate * cfg.steps) if cfg.init == "blip2" and not cfg.mixture and train != "everything" else 0
+    if imitating:
+        english = [emoji.names["en"][concept] for concept in emoji.concepts]
+        names = model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()  # (C, Q, D)
+        index = {concept: i for i, concept in enumerate(emoji.concepts)}
+        shown = torch.tensor([index[concept] for concept, _ in emoji.cells], device=device)  # (P,)
+    aligning = step < cfg.align and cfg.init == "blip2" and train != "projection" and not imitating
     if aligning:  # what has no gradient is passed over by the optimizers, and costs no backward pass
         mark_trainable(model, ("projection",))
     while step < cfg.steps:
@@ -432,7 +462,10 @@ def main(argv: list[str]) -> int:
                 with torch.set_grad_enabled(not vit_is_frozen):
                     seen = model.image_features(batch["image"])
             model.train()
-            _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
+            if step < imitating:
+                loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
+            else:
+                _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
             (loss / cfg.accumulate).backward()
             total_loss += loss.item() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
@@ -449,7 +482,7 @@ def main(argv: list[str]) -> int:
         average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
         bar.update(1)
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
-        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+        if cfg.eval_every and measurable and step % cfg.eval_every == 0 and step < cfg.steps:
             results, _ = evaluate(model, tokenizer, image, emoji, mix, language_id, 5, ("validation",))
             english, other = summary(results["validation"])
             validation_log.add(step, english["exact"], other["exact"], other["in_language"])
@@ -471,10 +504,13 @@ def main(argv: list[str]) -> int:
     # What it can do now: fixed splits, greedy captions.
     progress = tqdm(desc="evaluate", unit="caption", leave=False)
     results, examples = evaluate(model, tokenizer, image, emoji, (*mix, *held_out), language_id, cfg.eval_pictures,
-                                 MEASUREMENTS, progress)  # fmt: skip
+                                 MEASUREMENTS if measurable else (), progress)  # fmt: skip
     progress.close()
-    print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
-    print("held-out pictures: language, what it is, its name, the model's answer")
+    if cfg.mixture and (problems := unusable_pictures(batches.report)):
+        print(f"\n{problems}", file=sys.stderr)
+    if results:
+        print(f"\nexact match in percent, greedy captions (record.json has every language)\n{table(results, held_out)}\n")
+        print("held-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
     record = dict(
@@ -488,7 +524,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     write_json(folder / "record.json", record)
     if cfg.merge:
-        save_merged(model, folder / "merged", len(tokenizer), originals, mix)
+        save_merged(model, folder / "merged", len(tokenizer), originals, spoken)
         save_processor(folder / "merged", folder, model.cfg.queries)
     beside = f" --adapter {folder}/adapter" + " --llm_dtype int8" * cfg.int8 if parts_only and cfg.lora != "none" else ""
     print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"

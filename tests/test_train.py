@@ -136,7 +136,7 @@ def bases():
     save_mt5(reads, Path("reads"))
     for folder in ("sees", "reads"):
         shutil.copyfile(train.DATA / "spiece.model", f"{folder}/spiece.model")
-    return sees, reads, [*FLAGS, "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1"]
+    return sees, reads, [*FLAGS, "--imitate", "0", "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1"]
 
 
 def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeypatch):
@@ -451,3 +451,25 @@ def test_a_damaged_config_cannot_be_resumed(key, value):
     Path("out/r/train.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match="does not fit"):
         train.main(["--resume", "out/r"])
+
+
+def test_imitation_comes_first_and_moves_the_whole_bridge(bases, monkeypatch):
+    """The Q-Former, queries and projection learn in it, the language model is not run, and a stop inside it costs no bit."""
+    sees, reads, flags = bases
+    flags = [*flags, "--imitate", "0.5"]
+    calls = []
+    with monkeypatch.context() as patch:
+        forward = MBLIP.forward
+        patch.setattr(MBLIP, "forward", lambda self, *args, **kwargs: (calls.append(1), forward(self, *args, **kwargs))[1])
+        assert train.main([*flags, "--run", "whole"]) == 0
+    assert len(calls) == 2 * (9 - 4)  # micro-batches of the steps after the first four
+    whole = load_mblip("out/whole")
+    assert not torch.equal(whole.queries, sees.queries) and not torch.equal(whole.qformer.blocks[0].fc1.weight, sees.qformer.blocks[0].fc1.weight)
+    assert train.digest(dict(whole.mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert train.main([*flags, "--run", "cut"]) == 128 + signal.SIGINT
+    assert train.main(["--resume", "out/cut"]) == 0
+    assert everything("cut") == everything("whole")
+    with pytest.raises(ValueError, match="--imitate 2"):
+        train.main([*flags, "--imitate", "2", "--run", "r"])

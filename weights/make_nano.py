@@ -64,10 +64,12 @@ class Config:
 
 # Instructions for text; {x} is a name in some language, {L} the language wanted. The last two are what re-alignment will
 # use: mBLIP's own prompts, behind a description instead of behind a picture.
-TRANSLATE = {"{x} in {L}:": 8, "{x}. {caption}": 2, "Translate to {L}: {x}": 1, "What is the {L} word for {x}?": 1, "{x}. {naming}": 1}
+TRANSLATE = {"{x} in {L}:": 9, "Translate to {L}: {x}": 1, "{x}. {caption}": 2, "{x}. {naming}": 1}
+LONG = 14  # pieces: keywords and running text have longer prompts than the translation of a name
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
+NOISE = 2.0  # largest deviation of noise on an embedded name (pieces have 1): a picture's vectors will never be as exact as a table's
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
@@ -89,11 +91,12 @@ class Texts:
         self.loss = torch.ones(len(self.pairs))
         self.paragraphs = [text for texts in load_udhr().values() for text in texts]
 
-    def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int]:
-        """Prompt ids, target ids, and the pair whose name is the target (-1: none)."""
+    def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int, int]:
+        """Prompt ids, target ids, the pair whose name is the target (-1: none), and how many pieces a name takes at the prompt's start."""
         kind = rng.randrange(20)
         if kind == 0:
-            return *self.spans(rng), -1
+            return *self.spans(rng), -1, 0
+        first = 0
         lang, concept = self.pairs[pair]
         L, name, words = LANGUAGES[lang].name, self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
         if kind == 1 and words:
@@ -108,7 +111,8 @@ class Texts:
             more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
             (template,) = rng.choices(list(TRANSLATE), TRANSLATE.values())
             prompt, target = template.format(L=L, x=x, **more), name
-        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair
+            first = len(self.tokenizer.encode(x)) - 1 if template.startswith("{x}") else 0
+        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair, first
 
     def spans(self, rng: random.Random):
         """Span corruption: hidden spans become sentinels, counted down from the last row of the matrix as in mT5."""
@@ -128,19 +132,28 @@ class Texts:
         return [*prompt, Tokenizer.eos], [*target, sentinel, Tokenizer.eos]
 
     def pool(self, number: int, batch: int) -> list[tuple]:
-        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,)).
+        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise float (B, S, 1), seed).
 
-        Sorted by the target's length, then each sixteenth by the prompt's: without that, padding doubles the encoder's work.
+        noise: the deviation of what is to be added to the embedded prompt: on half of the names at its start, up to NOISE. seed: of that.
+
+        Short and long prompts apart, sorted by the target's length, then each sixteenth by the prompt's: without that, padding
+        doubles the encoder's work.
         """
         rng = random.Random(f"{self.seed}/text/{number}")
         drawn = rng.choices(range(len(self.pairs)), self.loss.clamp(FLOOR, 1.0).tolist(), k=POOL * batch)
-        rows = sorted((self.example(rng, pair) for pair in drawn), key=lambda row: len(row[1]))
+        rows = sorted((self.example(rng, pair) for pair in drawn), key=lambda row: (len(row[0]) > LONG, len(row[1])))
         share = POOL * batch // 16
         rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[0]))]
         parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         rng.shuffle(parts)
-        return [(pad_rows([p for p, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _ in part], -100),
-                 torch.tensor([pair for _, _, pair in part])) for part in parts]  # fmt: skip
+        batches = []
+        for part in parts:
+            prompt, labels = pad_rows([p for p, _, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _, _ in part], -100)
+            first = torch.tensor([first for _, _, _, first in part])
+            deviation = torch.tensor([rng.uniform(-NOISE, NOISE) for _ in part]).clamp(min=0)  # (B,)
+            noise = deviation[:, None] * (torch.arange(prompt.shape[1]) < first[:, None])  # (B, S)
+            batches.append((prompt, labels, torch.tensor([pair for _, _, pair, _ in part]), noise[:, :, None], rng.getrandbits(60)))
+        return batches
 
     def note(self, pair: torch.Tensor, loss: torch.Tensor) -> None:
         """Update the running losses: pair long (B,), loss float (B,)."""
@@ -283,11 +296,13 @@ class MakeMT0:
     def pool(self, number, batch, done):
         return self.texts.pool(number, batch)
 
-    def loss(self, done, prompt, labels, pair):
-        losses = caption_losses(self.model, self.model.embed(prompt), prompt != Tokenizer.pad, labels)
+    def loss(self, done, prompt, labels, pair, noise, seed):
+        embedded = self.model.embed(prompt)  # (B, S, D)
+        embedded = embedded + noise * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))
+        loss, losses = caption_loss(self.model, embedded, prompt != Tokenizer.pad, labels)
         real = labels != -100
-        self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses.detach()).sum(1) / real.sum(1))
-        return losses.mean()
+        self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses).sum(1) / real.sum(1))
+        return loss
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
         return exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
@@ -338,7 +353,7 @@ class MakeBLIP2:
         visual = self.model.image_tokens(features)  # (B, Q, D)
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
         text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
-        return caption_losses(self.model.mt5, text, mask, labels).mean()
+        return caption_loss(self.model.mt5, text, mask, labels)[0]
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
         """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier."""
@@ -358,12 +373,44 @@ class MakeBLIP2:
         write_json(out / "preprocessor_config.json", self.image.to_hf())
 
 
-def caption_losses(mt5: MT5, embedded, mask, labels) -> torch.Tensor:
-    """Cross-entropy of each real label in nats: embedded float (B, L, D), mask bool (B, L), labels long (B, T) -> (pieces,)."""
+def caption_loss(mt5: MT5, embedded, mask, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the real labels: embedded float (B, L, D), mask bool (B, L), labels long (B, T) -> its mean, and each (pieces,)."""
     real = labels != -100
     hidden = mt5.decoder(mt5.embed(mt5.shift_right(labels)), mt5.encode(embedded, mask), mask)  # (B, T, D)
-    logits = mt5.lm_head(hidden[real]).float()  # (pieces, V): the head sees real places only
-    return F.cross_entropy(logits, labels[real], reduction="none")
+    return HeadLoss.apply(hidden[real], mt5.lm_head.weight, labels[real])  # the head sees real places only
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and its cross-entropy, 256 pieces at a time: the (pieces, V) logits never exist as a whole.
+
+    They and their gradients would be the largest tensors of a step by far, and writing memory that is not in the cache costs
+    more here than the matrix products do: a step of `mt0` takes two thirds of the time. hidden float (P, D), weight (V, D), labels long (P,) ->
+    the mean in nats, which has a gradient, and the single losses (P,), which have none.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else hidden.dtype
+        x, w = hidden.to(dtype), weight.to(dtype)
+        dx, dw, losses = torch.empty_like(x), torch.zeros_like(weight), torch.empty(len(x))
+        for i in range(0, len(x), 256):
+            part, label = x[i : i + 256], labels[i : i + 256]
+            logits = (part @ w.T).float()  # (256, V)
+            logits -= logits.logsumexp(1, keepdim=True)
+            losses[i : i + 256] = -logits.gather(1, label[:, None])[:, 0]
+            grad = logits.exp_()  # softmax - one-hot, the gradient of cross-entropy by the logits
+            grad[torch.arange(len(label)), label] -= 1
+            grad = (grad / len(x)).to(dtype)
+            dx[i : i + 256] = grad @ w
+            dw += grad.T @ part
+        ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(losses)
+        return losses.mean(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None
 
 
 def keep_trained(run: Path, out: Path) -> None:
