@@ -6,7 +6,7 @@ a `WeightsError` that names the key. Nothing is ever unpickled.
 
 A model is built on the meta device (shapes without memory) and filled one tensor at a time straight from the
 memory-mapped file, so that there are never two copies of it. What is wanted in int8 or bf16 is converted on the way, some rows
-at a time: mBLIP mT0-XL is 19.3 GB on the disk and 5.8 GB in memory, and was at no moment more.
+at a time: mBLIP mT0-XL is 19.3 GB on the disk and 5.7 GB in int8, and loading it took 5.7 GB at its peak (tests/bench_official.py).
 
 A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is known (RECORD: files
 that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.

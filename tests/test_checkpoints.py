@@ -24,7 +24,7 @@ from nanomblip.mblip import MBLIPConfig
 from nanomblip.runs import remove_leftovers
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import (INDEX, RECORD, WeightsError, digest, held_tensors, load_mblip, load_mt5, load_vision, save_mblip, save_trained,
-                               write_shards, write_tensors)  # fmt: skip
+                               write_tensors)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 # Widths of which an int8 product means something, and a vocabulary that the checkpoint's tokenizer fills.
