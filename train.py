@@ -201,6 +201,14 @@ def base_folder(name: str, skip: str | None = None) -> Path:
     return download(name, HERE / "weights" / name, skip) if name in MODELS else Path(name)
 
 
+def refuse_int8(*folders: Path | str) -> None:
+    """ValueError for a folder whose weights are int8 already."""
+    for folder in folders:
+        if folder != "random" and "quantization_config" in read_json(Path(folder) / "config.json"):
+            raise ValueError(f"{folder}: holds int8; what is trained is written beside or merged into the weights before they were rounded: "
+                             "start from those")  # fmt: skip
+
+
 def build_mblip(vision: Path, llm: Path | str, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
     """What mBLIP starts from: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
 
@@ -335,21 +343,22 @@ def main(argv: list[str]) -> int:
         if is_rounded and train == "everything":
             raise ValueError(f"--{flag_name} is for a frozen part; --train everything trains it")
     torch.manual_seed(cfg.seed)
-    llm_dtype = "int8" if cfg.int8 else None
+    llm_dtype, rounded = "int8" if cfg.int8 else None, cfg.int8 or cfg.vision_dtype != "fp32"
     if cfg.init == "random":
         source = DATA
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
     elif cfg.init == "blip2":
         vision, llm = base_folder(cfg.vision, skip="language_"), cfg.llm if cfg.llm == "random" else base_folder(cfg.llm)
+        if rounded or cfg.lora != "none":
+            refuse_int8(vision, llm)
         model = build_mblip(vision, llm, cfg.vision_dtype, llm_dtype)
         source = vision if llm == "random" else llm
     else:
-        vision = llm = source = Path(cfg.init)
+        source = Path(cfg.init)
+        if rounded or cfg.lora != "none":
+            refuse_int8(source)
         model = load_mblip(source, vision_dtype=cfg.vision_dtype, llm_dtype=llm_dtype)
-    rounded = cfg.int8 or cfg.vision_dtype != "fp32"
-    if (rounded or cfg.lora != "none") and cfg.init != "random" and llm != "random" and "quantization_config" in read_json(llm / "config.json"):
-        raise ValueError(f"{llm}: holds int8; what LoRA has learned is merged into the weights as they were before they were rounded: start from those")
     tokenizer = Tokenizer(source / "spiece.model")
     image = ImageConfig(size=model.cfg.vit.image_size)
     for layer in (m for m in model.mt5.modules() if isinstance(m, Int8Linear)):

@@ -32,7 +32,8 @@ from nanomblip.tokenizer import Tokenizer, to_hf
 
 INDEX, SINGLE, RECORD = "model.safetensors.index.json", "model.safetensors", "sha256.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # what --vision_dtype and --llm_dtype mean
-BLOCK = 1 << 22  # numbers that are read and converted at a time
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
+BLOCK = 1 << 20  # numbers that are read and converted at a time
 SHARD = 5_000_000_000  # bytes of a file of weights, at most
 
 
@@ -324,6 +325,7 @@ def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, 
     shapes = {name: p.shape for name, p in model.named_parameters() if name in places}
     linears = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     codes = {}  # name -> weight and SCB of the layers that become int8
+    later = []  # what fills the tensors that are made here; room for all of them first, or their blocks would leave holes between them
     shared = {path: open_safetensors(path) for path in {path for path, _ in places.values()}}  # for tensors that are used as they are stored
     for name in sorted(shapes, key=lambda name: (str(places[name][0]), name)):
         path, key = places[name]
@@ -337,13 +339,21 @@ def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, 
                 raise WeightsError(f"{path}: {key} is int8 and has no scales (SCB) beside it")
             if forms.wished(name) not in (None, "int8"):
                 raise WeightsError(f"{path}: {key} is stored in int8; it cannot become {forms.wished(name)}, which needs the original weights")
-            weight = _read_tensor(shared[path], path, key, shapes[name], torch.int8, torch.int8)
-            scales = _read_tensor(shared[places[scale][0]], *places[scale], shapes[name][:1], torch.float32)
-            codes[name] = weight, scales
-        elif form == torch.int8:
-            codes[name] = _quantize(path, key, shapes[name])
+            weight = _read_tensor(shared[path], path, key, shapes[name], torch.int8)
+            codes[name] = weight, _read_tensor(shared[places[scale][0]], *places[scale], shapes[name][:1])
+        elif stored == SAFETENSORS_NAMES.get(form):
+            _set_parameter(model, name, _read_tensor(shared[path], path, key, shapes[name]))
         else:
-            _set_parameter(model, name, _read_tensor(shared[path], path, key, shapes[name], form))
+            _check_slice(path, key, shared[path].get_slice(key), shapes[name])
+            made = torch.empty(shapes[name], dtype=form)
+            if form == torch.int8:
+                codes[name] = made, torch.empty(len(made))
+                later.append((_quantize, path, key, codes[name]))
+            else:
+                _set_parameter(model, name, made)
+                later.append((_convert, path, key, made))
+    for fill, path, key, made in later:
+        fill(path, key, made)
     for name, (weight, scale) in codes.items():
         owner, _, leaf = name.removesuffix(".weight").rpartition(".")
         linear = model.get_submodule(name.removesuffix(".weight"))
@@ -372,7 +382,7 @@ def _checked(path: Path, key: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _check_slice(path: Path, key: str, piece, shape, kind: torch.dtype | None) -> None:
+def _check_slice(path: Path, key: str, piece, shape, kind: torch.dtype | None = None) -> None:
     """Raise WeightsError unless a tensor in a file has this shape and is of this type (None: floating point)."""
     found, stored = tuple(piece.get_shape()), piece.get_dtype()
     if found != tuple(shape):
@@ -381,34 +391,33 @@ def _check_slice(path: Path, key: str, piece, shape, kind: torch.dtype | None) -
         raise WeightsError(f"{path}: {key} has the type {stored}, expected {'floating point' if kind is None else 'int8'}")
 
 
-def _read_tensor(file, path: Path, key: str, shape, dtype: torch.dtype | None = None, kind: torch.dtype | None = None) -> torch.Tensor:
-    """One tensor of an open safetensors file, checked; dtype: what it becomes, None = as it is stored; kind: as in `_check_slice`.
-
-    Stored in the wanted type it is a view of the mapped file, otherwise a copy that was made block by block.
-    """
+def _read_tensor(file, path: Path, key: str, shape, kind: torch.dtype | None = None) -> torch.Tensor:
+    """One tensor of an open safetensors file as it is stored, checked: a view of the mapped file. kind: as in `_check_slice`."""
     try:
-        _check_slice(path, key, piece := file.get_slice(key), shape, kind)
-        if dtype is None or piece.get_dtype() == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}.get(dtype):
-            return _checked(path, key, file.get_tensor(key))
-        out = torch.empty(shape, dtype=dtype)
-        for start, block in _blocks(path, key, shape):
-            out[start : start + len(block)] = block
-        return out
+        _check_slice(path, key, file.get_slice(key), shape, kind)
+        return _checked(path, key, file.get_tensor(key))
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{path}: {key} cannot be read ({error})") from None
 
 
-def _quantize(path: Path, key: str, shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a weight (out, in), made block by block: int8 (out, in) and float32 (out,)."""
-    codes, scales = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+def _convert(path: Path, key: str, out: torch.Tensor) -> None:
+    """Fill `out` with a tensor of a file, block by block."""
     try:
-        with open_safetensors(path) as file:
-            _check_slice(path, key, file.get_slice(key), shape, None)
-        for start, block in _blocks(path, key, shape):
-            codes[start : start + len(block)], scales[start : start + len(block)] = quantize_rows(block.half().float())  # by way of fp16, as bitsandbytes
+        for start, block in _blocks(path, key, out.shape):
+            out[start : start + len(block)] = block
+    except (SafetensorError, RuntimeError) as error:
+        raise WeightsError(f"{path}: {key} cannot be read ({error})") from None
+
+
+def _quantize(path: Path, key: str, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Fill codes, int8 (out, in), and scales, float32 (out,), with those of a weight in a file, block by block."""
+    codes, scales = out
+    try:
+        for start, block in _blocks(path, key, codes.shape):
+            rows = slice(start, start + len(block))
+            codes[rows], scales[rows] = quantize_rows(block.half().float())  # by way of fp16, as bitsandbytes
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise error if isinstance(error, WeightsError) else WeightsError(f"{path}: {key} cannot become int8 ({error})") from None
-    return codes, scales
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor):
@@ -486,9 +495,6 @@ def digest(tensors: dict) -> str:
         sha.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
         sha.update(t.view(-1).view(torch.uint8).numpy() if t.numel() else b"")
     return sha.hexdigest()
-
-
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
 
 
 def write_tensors(path: Path, entries: dict[str, tuple]) -> str:
@@ -637,7 +643,7 @@ def save_merged(model: MBLIP, folder: Path, image_token: int, source: Path | tup
         if rounded:
             places = places or _places(source)
             with open_safetensors(places[mine][0]) as file:
-                _check_slice(*places[mine], file.get_slice(places[mine][1]), t.shape, None)
+                _check_slice(*places[mine], file.get_slice(places[mine][1]), t.shape)
 
         def blocks(mine=mine, t=t, layer=layer, rounded=rounded):
             rows = max(1, BLOCK // max(1, t.shape[-1]))

@@ -137,11 +137,12 @@ def build_ours(cfg: Config, lora: bool):
 
     def put(name, weight):
         owner, _, leaf = name.rpartition(".")
-        codes, scale = int8.quantize_rows(weight.half())
+        codes, scale = map(torch.cat, zip(*(int8.quantize_rows(rows.half()) for rows in weight.split(8192))))
         setattr(mt5.get_submodule(owner), leaf, Int8Linear.from_tensors(codes, scale))
 
     fill({name: m for name, m in mt5.named_modules() if isinstance(m, nn.Linear)}, put)
     finish(mt5)
+    mt5.embed.bfloat16()  # as load_mblip holds it beside int8
     if lora:
         add_lora(mt5, "all", r=8, alpha=16.0)
     return mt5

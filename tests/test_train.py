@@ -177,9 +177,8 @@ def test_lora_over_int8_learns_and_a_resumed_run_ends_with_the_same_bits(bases, 
             assert train.main([*flags, *ADAPTED, "--run", f"cut{stop}"]) == 128 + signal.SIGINT
         assert train.main(["--resume", f"out/cut{stop}"]) == 0
         assert everything(f"cut{stop}") == everything("whole")
-        assert Path(f"out/cut{stop}/model.safetensors").read_bytes() == Path("out/whole/model.safetensors").read_bytes()
-        one, other = (load_file(f"out/{run}/adapter/adapter_model.safetensors") for run in (f"cut{stop}", "whole"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)  # its metadata stand in any order
+        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):  # tensors only: metadata stand in any order
+            assert train.digest(load_file(f"out/cut{stop}/{name}")) == train.digest(load_file(f"out/whole/{name}"))
 
 
 def test_what_lora_has_learned_is_merged_into_the_weights_as_they_were_before_int8(bases):
