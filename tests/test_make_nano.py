@@ -35,7 +35,8 @@ def texts(emoji):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # the last of each is a seed
+    return all(equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
 
 
 def test_a_pool_is_a_function_of_its_number_and_of_what_is_known(emoji, texts):
@@ -54,7 +55,7 @@ def test_what_is_known_is_drawn_a_tenth_as_often(emoji):
         texts.note(torch.arange(half), torch.zeros(half))
     texts.note(torch.tensor([-1]), torch.tensor([5.0]))  # no pair: nothing changes
     assert texts.loss[:half].max() < 0.002 and bool((texts.loss[half:] == 1).all())
-    drawn = torch.cat([pair for _, _, pair in texts.pool(0, 64)])
+    drawn = torch.cat([pair for _, _, pair, _, _ in texts.pool(0, 64)])
     drawn = drawn[drawn >= 0]
     share = (drawn < half).float().mean().item()
     assert abs(share - 1 / 11) < 4 * (1 / 11 / len(drawn)) ** 0.5
@@ -64,13 +65,26 @@ def test_translations_name_the_language_of_their_target(emoji, texts):
     checked, rng = Counter(), random.Random(0)
     for _ in range(3000):
         pair = rng.randrange(len(texts.pairs))
-        prompt, target, found = texts.example(rng, pair)
+        prompt, target, found, first = texts.example(rng, pair)
+        assert 0 <= first < len(prompt)
         if found >= 0:
             lang, concept = texts.pairs[found]
             assert texts.tokenizer.decode(target) == emoji.names[lang][concept]
             assert make_nano.LANGUAGES[lang].name in texts.tokenizer.decode(prompt)
             checked[lang] += 1
     assert len(checked) == 85 and checked.total() > 2400
+
+
+def test_noise_is_on_half_of_the_names_at_the_start_of_a_prompt(emoji, texts):
+    blurred = clean = 0
+    for prompt, labels, pair, noise, _ in texts.pool(0, 16):
+        assert noise.shape == (*prompt.shape, 1) and noise.min() >= 0 and noise.max() < make_nano.NOISE
+        for ids, row, known in zip(prompt, noise[:, :, 0], pair):
+            places = (row > 0).sum()
+            assert (row[:places] > 0).all() and len(set(row[:places].tolist())) <= 1 and (ids[:places] > 2).all()
+            assert known >= 0 or places == 0
+            blurred, clean = blurred + bool(places), clean + bool(known >= 0 and not places)
+    assert 0.35 < blurred / (blurred + clean) < 0.5  # half, less the templates that do not begin with a name
 
 
 def test_hidden_spans_put_back_give_the_text(texts):

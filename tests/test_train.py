@@ -136,7 +136,7 @@ def bases():
     save_mt5(reads, Path("reads"))
     for folder in ("sees", "reads"):
         shutil.copyfile(train.DATA / "spiece.model", f"{folder}/spiece.model")
-    return sees, reads, [*FLAGS, "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1", "--imitate", "0"]
+    return sees, reads, [*FLAGS, "--imitate", "0", "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1"]
 
 
 def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeypatch):
