@@ -86,6 +86,8 @@ class Config:
     int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
     int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
     steps: int = flag(2400, "optimizer steps, those of --imitate or --align included")
+    budget: str = flag("", "seconds of training instead of --steps, such as 90, 10m or 1.5h: the learning rate and --imitate follow the clock, "
+                           "for runs that are to cost the same; no two are equal to the bit")  # fmt: skip
     batch: int = flag(64, "examples in a micro-batch")
     accumulate: int = flag(1, "micro-batches in an optimizer step")
     optimizer: str = flag("auto", "adamw, as in the paper; muon for the matrices inside the towers and adamw for the rest; "
@@ -136,12 +138,30 @@ class Config:
             raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
         if not 0 <= self.imitate <= 1:
             raise ValueError(f"--imitate {self.imitate}: a share of the steps, between 0 and 1")
+        self.budget_seconds()
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 < self.crop <= 1:
             raise ValueError(f"--crop {self.crop}: above 0, at most 1")
         if self.run != Path(self.run).name or self.run == ".." or not self.run.isprintable():
             raise ValueError(f"--run {self.run!r}: a plain name, the folder is --out")
+
+    def budget_seconds(self) -> float:
+        """--budget in seconds, 0 for none; ValueError for what is not a time."""
+        if not self.budget:
+            return 0.0
+        number, unit = (self.budget[:-1], self.budget[-1]) if self.budget[-1] in "smh" else (self.budget, "s")
+        try:
+            seconds = float(number) * dict(s=1, m=60, h=3600)[unit]
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"--budget {self.budget}: a time above 0 such as 90, 90s, 10m or 1.5h")
+        return seconds
+
+    def done(self, step: int, seconds: float) -> float:
+        """The share of the run that lies behind, 0..1, after so many steps and so many seconds of training."""
+        return min(1.0, seconds / self.budget_seconds()) if self.budget else step / self.steps
 
 
 # What does not belong to the experiment and may differ when a run goes on.
@@ -281,11 +301,12 @@ def add_checkpointing(model: MBLIP) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def schedule(cfg: Config, step: int) -> float:
-    """The share of the peak learning rate at a step: linear warm-up, then a cosine to 0 at the last step."""
+def schedule(cfg: Config, step: int, seconds: float = 0.0) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine to 0 at the last step, or with --budget at its end."""
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    done = cfg.done(step, seconds) if cfg.budget else (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 @torch.no_grad()
@@ -421,7 +442,7 @@ def main(argv: list[str]) -> int:
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
-    print(f"data    {data}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
+    print(f"data    {data}; " + (f"{cfg.budget} of training" if cfg.budget else f"{cfg.steps * cfg.accumulate * cfg.batch:,} examples to see"))
     print(parts_table(model, optimizers), flush=True)
 
     size = len(emoji.cells) * batches.views * model.cfg.vit.tokens * model.cfg.vit.width * 4
@@ -430,13 +451,13 @@ def main(argv: list[str]) -> int:
     features = cache_features(model, batches, device) if batches.views else None
     loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
     validation_log = Log(folder / "validation.csv", ("step", "english_exact", "other_exact", "other_in_language"), step)
-    micro = range(step * cfg.accumulate, cfg.steps * cfg.accumulate)
+    micro = range(step * cfg.accumulate, 2**62 if cfg.budget else cfg.steps * cfg.accumulate)
     loader = iter(DataLoader(batches, batch_size=None, sampler=micro, num_workers=cfg.workers, worker_init_fn=ignore_interrupt))
     interrupt = Interrupt()
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
+    bar = tqdm(total=None if cfg.budget else cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
-    imitating = round(cfg.imitate * cfg.steps) if cfg.init == "blip2" and not cfg.mixture and train != "everything" else 0
+    imitating = cfg.imitate if cfg.init == "blip2" and not cfg.mixture and train != "everything" else 0.0
     if imitating:
         english = [emoji.names["en"][concept] for concept in emoji.concepts]
         names = model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()  # (C, Q, D)
@@ -445,14 +466,14 @@ def main(argv: list[str]) -> int:
     aligning = step < cfg.align and cfg.init == "blip2" and train != "projection" and not imitating
     if aligning:  # what has no gradient is passed over by the optimizers, and costs no backward pass
         mark_trainable(model, ("projection",))
-    while step < cfg.steps:
+    while cfg.done(step, seconds) < 1:
         started = time.time()
         if aligning and step >= cfg.align:
             mark_trainable(model, TRAINED[train])
             aligning = False
-        total_loss = 0.0
+        total_loss, rate, done = 0.0, schedule(cfg, step, seconds), cfg.done(step, seconds)
         for group, peak in zip(groups, peaks):
-            group["lr"] = peak * schedule(cfg, step)
+            group["lr"] = peak * rate
         for i in range(cfg.accumulate):
             torch.manual_seed(step_seed(cfg.seed, step * cfg.accumulate + i))  # dropout: a function of (seed, step)
             batch = {key: value.to(device) for key, value in next(loader).items()}
@@ -462,7 +483,7 @@ def main(argv: list[str]) -> int:
                 with torch.set_grad_enabled(not vit_is_frozen):
                     seen = model.image_features(batch["image"])
             model.train()
-            if step < imitating:
+            if done < imitating:
                 loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
             else:
                 _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
@@ -478,11 +499,11 @@ def main(argv: list[str]) -> int:
         step += 1
         seconds += time.time() - started
 
-        loss_log.add(step, f"{total_loss:.6f}", f"{norm:.6f}", f"{cfg.lr * schedule(cfg, step - 1):.6g}")
+        loss_log.add(step, f"{total_loss:.6f}", f"{norm:.6f}", f"{cfg.lr * rate:.6g}")
         average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
         bar.update(1)
-        bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
-        if cfg.eval_every and measurable and step % cfg.eval_every == 0 and step < cfg.steps:
+        bar.set_postfix_str(f"loss {average:.3f}" + f", {100 * cfg.done(step, seconds):.0f} % of {cfg.budget}" * bool(cfg.budget), refresh=False)
+        if cfg.eval_every and measurable and step % cfg.eval_every == 0 and cfg.done(step, seconds) < 1:
             results, _ = evaluate(model, tokenizer, image, emoji, mix, language_id, 5, ("validation",))
             english, other = summary(results["validation"])
             validation_log.add(step, english["exact"], other["exact"], other["in_language"])
@@ -514,7 +535,7 @@ def main(argv: list[str]) -> int:
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
     record = dict(
-        config=asdict(cfg), trained=train, seconds=round(seconds, 1), examples_seen=cfg.steps * cfg.accumulate * cfg.batch,
+        config=asdict(cfg), trained=train, seconds=round(seconds, 1), steps_done=step, examples_seen=step * cfg.accumulate * cfg.batch,
         final_loss=loss_log.recent_mean(1), parameters=parameter_count(tensors_of(model)),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=str(device),

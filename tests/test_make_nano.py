@@ -55,10 +55,17 @@ def test_what_is_known_is_drawn_a_tenth_as_often(emoji):
         texts.note(torch.arange(half), torch.zeros(half))
     texts.note(torch.tensor([-1]), torch.tensor([5.0]))  # no pair: nothing changes
     assert texts.loss[:half].max() < 0.002 and bool((texts.loss[half:] == 1).all())
-    drawn = torch.cat([pair for _, _, pair, _, _ in texts.pool(0, 64)])
-    drawn = drawn[drawn >= 0]
+    drawn = torch.cat([pair for _, _, pair, *_ in texts.pool(0, 64)])
+    drawn = drawn[(drawn >= 0) & ~texts.english[drawn]]
     share = (drawn < half).float().mean().item()
     assert abs(share - 1 / 11) < 4 * (1 / 11 / len(drawn)) ** 0.5
+
+
+def test_english_names_are_drawn_eight_times_as_often(emoji, texts):
+    drawn = torch.cat([pair for _, _, pair, *_ in texts.pool(0, 64)])
+    drawn = drawn[drawn >= 0]
+    share = 8 * 519 / (8 * 519 + len(texts.pairs) - 519)
+    assert abs(texts.english[drawn].float().mean() - share) < 4 * (share / len(drawn)) ** 0.5
 
 
 def test_translations_name_the_language_of_their_target(emoji, texts):
@@ -75,16 +82,20 @@ def test_translations_name_the_language_of_their_target(emoji, texts):
     assert len(checked) == 85 and checked.total() > 2400
 
 
-def test_noise_is_on_half_of_the_names_at_the_start_of_a_prompt(emoji, texts):
+def test_blurred_names_stand_where_a_pictures_vectors_will_and_are_as_long(emoji, texts):
     blurred = clean = 0
-    for prompt, labels, pair, noise, _ in texts.pool(0, 16):
-        assert noise.shape == (*prompt.shape, 1) and noise.min() >= 0 and noise.max() < make_nano.NOISE
-        for ids, row, known in zip(prompt, noise[:, :, 0], pair):
-            places = (row > 0).sum()
-            assert (row[:places] > 0).all() and len(set(row[:places].tolist())) <= 1 and (ids[:places] > 2).all()
-            assert known >= 0 or places == 0
+    for prompt, labels, pair, noise, scale, _ in texts.pool(0, 16):
+        assert noise.shape == scale.shape == (*prompt.shape, 1) and noise.min() >= 0 and noise.max() < make_nano.BLUR
+        for ids, deviation, length, known in zip(prompt, noise[:, :, 0], scale[:, :, 0], pair):
+            places = (deviation > 0).sum()
+            assert places in (0, 8) and (deviation[places:] == 0).all() and (length[places:] == 1).all()
+            assert len(set(deviation[:places].tolist())) <= 1 and (ids[:places] > 2).all() and (known >= 0 or places == 0)
+            if places:
+                size = length[0] * (1 + deviation[0].square()).sqrt()  # of what was N(0, 1), piece and noise
+                assert 0.39 < size < 1.21
             blurred, clean = blurred + bool(places), clean + bool(known >= 0 and not places)
-    assert 0.35 < blurred / (blurred + clean) < 0.5  # half, less the templates that do not begin with a name
+    share = sum(n for template, n in make_nano.TRANSLATE.items() if "blurred" in template) / sum(make_nano.TRANSLATE.values())
+    assert abs(blurred / (blurred + clean) - share) < 0.08
 
 
 def test_hidden_spans_put_back_give_the_text(texts):

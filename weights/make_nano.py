@@ -35,6 +35,7 @@ from nanomblip.evaluate import LanguageID, answer, mean, normal, questions, scor
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.generate import Decoding, write_one_each  # noqa: E402
 from nanomblip.image import ImageConfig  # noqa: E402
+from nanomblip.imitate import name_places  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
 from nanomblip.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
@@ -62,14 +63,14 @@ class Config:
     out: str = flag("weights/nano", "folder for the result")
 
 
-# Instructions for text; {x} is a name in some language, {L} the language wanted. The last two are what re-alignment will
-# use: mBLIP's own prompts, behind a description instead of behind a picture.
-TRANSLATE = {"{x} in {L}:": 9, "Translate to {L}: {x}": 1, "{x}. {caption}": 2, "{x}. {naming}": 1}
-LONG = 14  # pieces: keywords and running text have longer prompts than the translation of a name
+# Instructions for text, and how often; {x} is a name in some language, {L} the language wanted. The last four are what
+# re-alignment will use: mBLIP's own prompts, behind a description instead of behind a picture, or behind a blurred name (`Texts.pool`).
+TRANSLATE = {"{x} in {L}:": 6, "Translate to {L}: {x}": 1, "{x}. {caption}": 3, "{x}. {naming}": 1, "{blurred}{caption}": 6, "{blurred}{naming}": 1}
+LONG = 19  # pieces: keywords and running text have longer prompts than the translation of a name
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
-NOISE = 2.0  # largest deviation of noise on an embedded name (pieces have 1): a picture's vectors will never be as exact as a table's
+BLUR = 4.0  # largest deviation of the noise on a blurred name (pieces have 1): a picture's vectors will never be as exact as a table's
 ENGLISH = 8  # times as often as a name in another language is an English one written: instructions are English, and so is most of what mT0 read
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
@@ -95,11 +96,11 @@ class Texts:
         self.paragraphs = [text for texts in load_udhr().values() for text in texts]
 
     def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int, int]:
-        """Prompt ids, target ids, the pair whose name is the target (-1: none), and how many pieces a name takes at the prompt's start."""
+        """Prompt ids, target ids, the pair whose name is the target (-1: none), and how many pieces at the prompt's start are to be blurred."""
         kind = rng.randrange(20)
         if kind == 0:
             return *self.spans(rng), -1, 0
-        first = 0
+        blurred = []
         lang, concept = self.pairs[pair]
         L, name, words = LANGUAGES[lang].name, self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
         if kind == 1 and words:
@@ -113,9 +114,10 @@ class Texts:
             x = self.emoji.names[source].get(concept) or self.emoji.names["en"][concept]
             more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
             (template,) = rng.choices(list(TRANSLATE), TRANSLATE.values())
-            prompt, target = template.format(L=L, x=x, **more), name
-            first = len(self.tokenizer.encode(x)) - 1 if template.startswith("{x}") else 0
-        return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair, first
+            prompt, target = template.format(L=L, x=x, blurred="", **more), name
+            if template.startswith("{blurred}"):
+                blurred = name_places(self.tokenizer, [x], PRESETS["nano"].queries)[0].tolist()
+        return blurred + self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair, len(blurred)
 
     def spans(self, rng: random.Random):
         """Span corruption: hidden spans become sentinels, counted down from the last row of the matrix as in mT5."""
@@ -135,9 +137,11 @@ class Texts:
         return [*prompt, Tokenizer.eos], [*target, sentinel, Tokenizer.eos]
 
     def pool(self, number: int, batch: int) -> list[tuple]:
-        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise float (B, S, 1), seed).
+        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise, scale float (B, S, 1), seed).
 
-        noise: the deviation of what is to be added to the embedded prompt: on half of the names at its start, up to NOISE. seed: of that.
+        What the language model is to read is (embedded prompt + noise * N(0, 1)) * scale: 0 and 1, but for blurred names. These stand where the
+        Q vectors of a picture will, one name over Q places as in `imitate.py`, with noise of one deviation up to BLUR, at a length
+        between 0.4 and 1.2 of that of a piece: so are the vectors that a Q-Former reaches (cosine 0.2 to 0.4 with the pieces). seed: of the noise.
 
         Short and long prompts apart, sorted by the target's length, then each sixteenth by the prompt's: without that, padding
         doubles the encoder's work.
@@ -153,10 +157,12 @@ class Texts:
         batches = []
         for part in parts:
             prompt, labels = pad_rows([p for p, _, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _, _ in part], -100)
-            first = torch.tensor([first for _, _, _, first in part])
-            deviation = torch.tensor([rng.uniform(-NOISE, NOISE) for _ in part]).clamp(min=0)  # (B,)
-            noise = deviation[:, None] * (torch.arange(prompt.shape[1]) < first[:, None])  # (B, S)
-            batches.append((prompt, labels, torch.tensor([pair for _, _, pair, _ in part]), noise[:, :, None], rng.getrandbits(60)))
+            blurred = torch.arange(prompt.shape[1]) < torch.tensor([places for _, _, _, places in part])[:, None]  # (B, S)
+            noise = torch.tensor([[rng.uniform(0, BLUR)] for _ in part]) * blurred  # (B, S)
+            length = torch.tensor([[rng.uniform(0.4, 1.2)] for _ in part])  # (B, 1)
+            scale = torch.where(blurred, length / (1 + noise.square()).sqrt(), 1.0)  # (B, S)
+            pair = torch.tensor([pair for _, _, pair, _ in part])
+            batches.append((prompt, labels, pair, noise[:, :, None], scale[:, :, None], rng.getrandbits(60)))
         return batches
 
     def note(self, pair: torch.Tensor, loss: torch.Tensor) -> None:
@@ -300,9 +306,9 @@ class MakeMT0:
     def pool(self, number, batch, done):
         return self.texts.pool(number, batch)
 
-    def loss(self, done, prompt, labels, pair, noise, seed):
+    def loss(self, done, prompt, labels, pair, noise, scale, seed):
         embedded = self.model.embed(prompt)  # (B, S, D)
-        embedded = embedded + noise * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))
+        embedded = (embedded + noise * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))) * scale
         loss, losses = caption_loss(self.model, embedded, prompt != Tokenizer.pad, labels)
         real = labels != -100
         self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses).sum(1) / real.sum(1))
