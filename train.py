@@ -95,6 +95,7 @@ class Config:
                           ("auto", "adamw", "muon"))  # fmt: skip
     lr: float = flag(2e-3, "AdamW's peak learning rate; the paper's, at full size, is 1e-5")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
+    muon_decay: float = flag(0.3, "Muon's weight decay; its inverse is the largest singular value that a matrix can grow to")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
@@ -116,7 +117,7 @@ class Config:
     resume: str = flag("", "folder of a run to go on with; takes its config from there")
 
     def __post_init__(self):
-        for name, low in dict(steps=1, align=0, batch=1, accumulate=1, warmup=0, weight_decay=0, views=0, seed=0, workers=0,
+        for name, low in dict(steps=1, align=0, batch=1, accumulate=1, warmup=0, weight_decay=0, muon_decay=0, views=0, seed=0, workers=0,
                               eval_pictures=1, eval_every=0, save_every=0).items():  # fmt: skip
             value = getattr(self, name)
             if not low <= value < 2**63:  # written so that nan fails too
@@ -275,7 +276,7 @@ def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.O
         groups.append(dict(params=lora, weight_decay=cfg.weight_decay, lr=cfg.lora_lr))
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01))
+        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=cfg.muon_decay))
     return optimizers
 
 

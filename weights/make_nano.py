@@ -39,9 +39,11 @@ from nanomblip.imitate import name_places  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
 from nanomblip.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
-from nanomblip.mt5 import MT5  # noqa: E402
+from nanomblip.mt5 import MT5, MT5Attention  # noqa: E402
+from nanomblip.qformer import QFormerAttention  # noqa: E402
 from nanomblip.runs import Interrupt, Log, RunLock, State, keep_memory, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
+from nanomblip.vit import ViTAttention  # noqa: E402
 from nanomblip.weights import load_mblip, load_mt5, read_json, save_mblip, save_mt5, save_trained, write_json  # noqa: E402
 
 
@@ -51,6 +53,7 @@ class Config:
     batch: int = flag(0, "examples in a step; 0 = 256 for mt0, 64 for blip2")
     lr: float = flag(0.0, "AdamW's peak learning rate: embedding, head, norms, position tables; 0 = 1e-3 for mt0, 2e-3 for blip2")
     muon_lr: float = flag(0.0, "Muon's peak learning rate: the matrices inside the blocks; 0 = 0.01 for mt0, 0.02 for blip2")
+    muon_decay: float = flag(0.1, "Muon's weight decay: its inverse is the largest singular value that a matrix can grow to")
     warmup: int = flag(100, "steps of linear warm-up")
     decay: float = flag(0.0, "0 = 0.8 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
@@ -72,6 +75,7 @@ FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one 
 CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
 BLUR = 4.0  # largest deviation of the noise on a blurred name (pieces have 1): a picture's vectors will never be as exact as a table's
 ENGLISH = 8  # times as often as a name in another language is an English one written: instructions are English, and so is most of what mT0 read
+SCORES = 4.0  # largest deviation of attention's scores over the keys (`cap_scores`)
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
@@ -324,9 +328,9 @@ class MakeMT0:
 class MakeBLIP2:
     """As MakeMT0; the T5 behind the pictures is small and writes English only, the stand-in for flan-t5.
 
-    Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and that of
-    the Q-Former's, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
-    names each can have a vector of its own, so this is a linear classifier). Redrawing grows from a third of its strength to all of it
+    Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and the
+    Q-Former's side by side, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
+    names each can have a vector of its own, so this is a linear classifier; it reads all queries, so that they need not be alike). Redrawing grows from a third of its strength to all of it
     in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5.
     """
 
@@ -341,7 +345,7 @@ class MakeBLIP2:
         small = dict(width=nano.mt5.width * 2 // 3, heads=nano.mt5.heads * 2 // 3, layers=1, decoder_layers=1)
         self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, **small)))
         C = len(emoji.concepts)
-        self.heads = nn.ModuleDict(dict(vit=nn.Linear(nano.vit.width, C), qformer=nn.Linear(nano.qformer.width, C)))
+        self.heads = nn.ModuleDict(dict(vit=nn.Linear(nano.vit.width, C), qformer=nn.Linear(nano.queries * nano.qformer.width, C)))
         self.trained = nn.ModuleDict(dict(model=self.model, heads=self.heads))
         self.image = ImageConfig(size=nano.vit.image_size)
         self.pictures = Pictures(emoji, tokenizer, self.image, seed)
@@ -353,7 +357,7 @@ class MakeBLIP2:
         """image float (B, 1, 3, size, size) -> for ViT and Q-Former (B, C), one logit a concept."""
         features = self.model.image_features(image)[:, 0]  # (B, N, Dv)
         summary = self.model.qformer(self.model.queries.expand(len(features), -1, -1), features)  # (B, Q, Dq)
-        return {name: self.heads[name](x.mean(1)).float() for name, x in dict(vit=features, qformer=summary).items()}
+        return {name: self.heads[name](x).float() for name, x in dict(vit=features.mean(1), qformer=summary.flatten(1)).items()}
 
     def loss(self, done, image, prompt, labels, target):
         if done < CONTRAST:
@@ -388,6 +392,29 @@ def caption_loss(mt5: MT5, embedded, mask, labels) -> tuple[torch.Tensor, torch.
     real = labels != -100
     hidden = mt5.decoder(mt5.embed(mt5.shift_right(labels)), mt5.encode(embedded, mask), mask)  # (B, T, D)
     return HeadLoss.apply(hidden[real], mt5.lm_head.weight, labels[real])  # the head sees real places only
+
+
+@torch.no_grad()
+def cap_scores(model: nn.Module) -> None:
+    """Scale q and k of each attention down where scores on inputs of deviation 1 would deviate by more than SCORES.
+
+    Muon gives q and k growth at a constant rate, and once a softmax sees scores far apart it looks at one key, whatever the input, and passes
+    hardly any gradient on: nano trained for 14,000 steps in that state, 1.1 keys of 14 looked at, before it was noticed. (QK-Clip, Kimi Team
+    2025, section 2.1, measures the scores themselves; the norms do without a forward pass.) Dividing q by 32 then changed the loss by 3 %.
+    """
+    for m in model.modules():
+        if isinstance(m, ViTAttention):
+            D = m.qkv.in_features
+            q, k, biases, scaled = m.qkv.weight[:D], m.qkv.weight[D : 2 * D], (m.qkv.bias[:D], m.qkv.bias[D : 2 * D]), True
+        elif isinstance(m, (QFormerAttention, MT5Attention)):
+            q, k, scaled = m.q.weight, m.k.weight, isinstance(m, QFormerAttention)
+            biases = (m.q.bias, m.k.bias) if scaled else ()
+        else:
+            continue
+        deviation = q.norm() * k.norm() / len(q) * (1 if scaled else (len(q) / m.heads) ** 0.5)
+        factor = (SCORES / deviation).clamp(max=1).sqrt()
+        for t in (q, k, *biases):
+            t.mul_(factor)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -464,7 +491,7 @@ def main(argv: list[str]) -> int:
     is_hidden = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in is_hidden]
     optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-                  torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=0.01)]  # fmt: skip
+                  torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=cfg.muon_decay)]  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     lock = RunLock(work)  # noqa: F841, held until main returns
     remove_leftovers(work)
@@ -492,6 +519,7 @@ def main(argv: list[str]) -> int:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            cap_scores(model)
             step += 1
             seconds += time.time() - started
             log.add(step, f"{loss.item():.6f}")
