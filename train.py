@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from nanomblip.attention import attend_path
 from nanomblip.emoji import ROOT as DATA
 from nanomblip.emoji import load_emoji
 from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
@@ -40,7 +41,7 @@ from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
-from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
+from nanomblip.runs import Interrupt, Log, RunLock, State, has_bf16, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
                                save_merged, save_processor, save_trained, write_json)  # fmt: skip
@@ -102,6 +103,9 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     crop: float = flag(0.8, "smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
     views: int = flag(4, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
+    bf16: str = flag("auto", "matrix products of training in bf16 (autocast), weights and everything else in fp32: auto = where the processor "
+                             "or the GPU has instructions for them, and never with --int8, whose kernels have types of their own",
+                     ("auto", "on", "off"))  # fmt: skip
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     seed: int = flag(0, "seed of everything random")
     eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
@@ -129,6 +133,8 @@ class Config:
             check_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
         except ValueError as error:
             raise ValueError(f"--lora_r, --lora_alpha, --lora_dropout: {error}") from None
+        if self.int8 and self.bf16 == "on":
+            raise ValueError("--int8 --bf16 on: int8 layers have types of their own; leave one out")
         if not 0 <= self.int8_threshold < math.inf:
             raise ValueError(f"--int8_threshold {self.int8_threshold}: at least 0")
         if self.int8 and (self.init == "random" or (self.init == "blip2" and self.llm == "random")):
@@ -406,6 +412,7 @@ def main(argv: list[str]) -> int:
         data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
+    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16(device) and not cfg.int8)
 
     # Optimizers, and where to go on.
     kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"
@@ -458,7 +465,9 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=None if cfg.budget else cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
-    imitating = cfg.imitate if cfg.init == "blip2" and not cfg.mixture and train != "everything" else 0.0
+    imitating = 0.0  # share of the run
+    if cfg.init == "blip2" and not cfg.mixture and train != "everything":
+        imitating = cfg.imitate if cfg.budget else round(cfg.imitate * cfg.steps) / cfg.steps
     if imitating:
         english = [emoji.names["en"][concept] for concept in emoji.concepts]
         names = model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()  # (C, Q, D)
@@ -478,17 +487,21 @@ def main(argv: list[str]) -> int:
         for i in range(cfg.accumulate):
             torch.manual_seed(step_seed(cfg.seed, step * cfg.accumulate + i))  # dropout: a function of (seed, step)
             batch = {key: value.to(device) for key, value in next(loader).items()}
-            if features is not None:
-                seen = features[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(device)  # (B, 1, N, Dv)
-            else:
-                with torch.set_grad_enabled(not vit_is_frozen):
-                    seen = model.image_features(batch["image"])
             model.train()
-            if done < imitating:
-                loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
-            else:
-                _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
-            (loss / cfg.accumulate).backward()
+            # In bf16 attention of a few places takes less time written out than in torch's fused kernel. The backward pass is in the block
+            # because --checkpointing runs attention there once more.
+            with attend_path("written" if bf16 else "fast"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    if features is not None:
+                        seen = features[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(device)  # (B, 1, N, Dv)
+                    else:
+                        with torch.set_grad_enabled(not vit_is_frozen):
+                            seen = model.image_features(batch["image"])
+                    if done < imitating:
+                        loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
+                    else:
+                        _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
+                (loss / cfg.accumulate).backward()
             total_loss += loss.item() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
