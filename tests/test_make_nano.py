@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from nanomblip.emoji import ROOT as DATA
 from nanomblip.emoji import load_emoji, picture_split
 from nanomblip.mblip import PRESETS
+from nanomblip.mt5 import MT5, MT5Attention
+from nanomblip.qformer import QFormer, QFormerAttention
 from nanomblip.tokenizer import Tokenizer
+from nanomblip.vit import ViT, ViTAttention
 from nanomblip.weights import digest, load_mblip, load_mt5
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +120,39 @@ def test_hidden_spans_put_back_give_the_text(texts):
         hidden += sum(p >= 8000 for p in prompt)
         assert 0 < len(whole) <= 24 and any(is_part(whole, ids) for ids in pieces)
     assert hidden > 15
+
+
+def test_scores_are_capped_by_scaling_q_and_k_and_left_alone_where_small():
+    nano = PRESETS["nano"]
+    small = dict(width=64, heads=4, layers=1, mlp=64)
+    models = [MT5(replace(nano.mt5, **small, head_width=16, decoder_layers=1)), ViT(replace(nano.vit, **small)),
+              QFormer(replace(nano.qformer, **small, vision_width=64))]  # fmt: skip
+    seen = []
+    for model in models:
+        model.init_weights() if isinstance(model, MT5) else [nn.init.normal_(p, std=0.05) for p in model.parameters() if p.ndim == 2]
+        fresh = {name: p.clone() for name, p in model.named_parameters()}
+        make_nano.cap_scores(model)
+        assert all(torch.equal(p, fresh[name]) for name, p in model.named_parameters())
+        for name, p in model.named_parameters():
+            if name.endswith(("q.weight", "k.weight", "qkv.weight")):
+                p.data *= 50
+        make_nano.cap_scores(model)
+        once = {name: p.clone() for name, p in model.named_parameters()}
+        for module in model.modules():
+            if isinstance(module, (MT5Attention, QFormerAttention)):
+                q, k, K = module.q, module.k, 16
+            elif isinstance(module, ViTAttention):
+                q, k = [nn.Linear(64, 64, bias=False) for _ in range(2)]
+                q.weight.data, k.weight.data, _ = module.qkv.weight.data.chunk(3)
+            else:
+                continue
+            x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+            heads = lambda linear: F.linear(x, linear.weight).view(512, 4, 16).transpose(0, 1)  # (H, 512, K)
+            scores = heads(q) @ heads(k).mT * (1 if isinstance(module, MT5Attention) else 16**-0.5)
+            seen.append(scores.std().item())
+        make_nano.cap_scores(model)
+        assert all(torch.allclose(p, once[name]) for name, p in model.named_parameters())
+    assert len(seen) == 3 + 1 + 2 and all(abs(s - make_nano.SCORES) < 0.6 for s in seen), seen
 
 
 def test_stopped_and_resumed_ends_with_the_same_model(monkeypatch, tmp_path):

@@ -49,13 +49,13 @@ from nanomblip.weights import load_mblip, load_mt5, read_json, save_mblip, save_
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = flag(0, "optimizer steps; 0 = 9000 for mt0, 8000 for blip2")
-    batch: int = flag(0, "examples in a step; 0 = 256 for mt0, 64 for blip2")
+    steps: int = flag(0, "optimizer steps; 0 = 6000 for mt0, 8000 for blip2")
+    batch: int = flag(0, "examples in a step; 0 = 512 for mt0, 64 for blip2")
     lr: float = flag(0.0, "AdamW's peak learning rate: embedding, head, norms, position tables; 0 = 1e-3 for mt0, 2e-3 for blip2")
     muon_lr: float = flag(0.0, "Muon's peak learning rate: the matrices inside the blocks; 0 = 0.01 for mt0, 0.02 for blip2")
-    muon_decay: float = flag(0.1, "Muon's weight decay: its inverse is the largest singular value that a matrix can grow to")
+    muon_decay: float = flag(0.3, "Muon's weight decay: its inverse is the largest singular value that a matrix can grow to")
     warmup: int = flag(100, "steps of linear warm-up")
-    decay: float = flag(0.0, "0 = 0.8 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
+    decay: float = flag(0.0, "0 = 0.9 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
     seed: int = flag(0, "of everything random")
     bf16: bool = flag(True, "matrix products in bf16 (autocast); --no_bf16 where the processor has no instructions for it")
@@ -296,8 +296,8 @@ def redraw(x: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -
 class MakeMT0:
     """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
 
-    steps, batch, unit = 9000, 256, "of English names translated exactly, mean of all languages"
-    phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01, decay=0.8)
+    steps, batch, unit = 6000, 512, "of English names translated exactly, mean of all languages"
+    phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01, decay=0.9)
     load = staticmethod(load_mt5)
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
