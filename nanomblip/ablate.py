@@ -198,6 +198,26 @@ def find_record(experiment: str, seed: int, cfg: Config, records: list[dict]) ->
     return None
 
 
+def configs_of(records: list[dict]) -> list[Config]:
+    """The suites that these records are of, each as the Config that finds them again; the one with the most records first.
+
+    A record keeps the whole config of its run. What its experiment and train.py's defaults do not explain was --steps or --extra.
+    """
+    found = {}  # (steps, limit, extra) -> seeds of its records
+    for record in records:
+        if record["experiment"] not in EXPERIMENTS:
+            raise ValueError(f"a record of {record['experiment']!r}, which is no experiment of this version: delete {record['experiment']}.*.json")
+        plain = resolved(flags_of(record["experiment"], record["seed"], Config()))
+        told = {name: value for name, value in record["config"].items() if name in plain and value != plain[name]}
+        steps, words = told.pop("steps", 0), []
+        for name, value in told.items():
+            words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", shlex.quote(str(value))]
+        found.setdefault((steps, record["limit"], " ".join(words)), []).append(record["seed"])
+    most_first = sorted(found, key=lambda suite: (-len(found[suite]), suite))
+    return [Config(steps=steps, limit=limit, extra=extra, seeds=max(Config.seeds, *(seed + 1 for seed in found[steps, limit, extra])))
+            for steps, limit, extra in most_first]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Running
 # ---------------------------------------------------------------------------------------------------------------------
