@@ -81,9 +81,11 @@ SUITES = {
                        "the mixture of tasks helps answering questions most", "higher"),
     "languages": Suite("All languages, or English-only training", ("baseline", "english-only"), CAPTIONS,
                        "translated training data is what makes the model answer in other languages", "lower"),
-    "lora": Suite("LoRA on the language model: none, q and v, all layers; rank",
-                  ("lora-all", "lora-none", "lora-qv", "lora-all-r2", "lora-all-r32"), CAPTIONS,
+    "lora": Suite("LoRA on the language model: all layers, none, q and v, a smaller rank",
+                  ("lora-all", "lora-none", "lora-qv", "lora-all-r2"), CAPTIONS,
                   "LoRA on all layers is used; less of it is worse", "lower"),
+    "lora-rank": Suite("Four times LoRA's rank", ("lora-all", "lora-all-r32"), CAPTIONS,
+                       "rank 8 is used; expected is that more of it changes little", "same"),
     "int8": Suite("Frozen language model in int8, or fp32", ("fp32", "int8"), CAPTIONS,
                   "8-bit weights cost little", "same"),
     "shares": Suite("Language shares: uniform, of mC4, of mC4 flattened; low-resource languages", ("baseline", "mc4", "mc4-flattened"),
@@ -196,6 +198,26 @@ def find_record(experiment: str, seed: int, cfg: Config, records: list[dict]) ->
         if fits(record, config, defaults, cfg.limit) and set(TASKS.get(experiment, ("caption",))) <= set(record["measures"]):
             return record
     return None
+
+
+def configs_of(records: list[dict]) -> list[Config]:
+    """The suites that these records are of, each as the Config that finds them again; the one with the most records first.
+
+    A record keeps the whole config of its run. What its experiment and train.py's defaults do not explain was --steps or --extra.
+    """
+    found = {}  # (steps, limit, extra) -> seeds of its records
+    for record in records:
+        if record["experiment"] not in EXPERIMENTS:
+            raise ValueError(f"a record of {record['experiment']!r}, which is no experiment of this version: delete {record['experiment']}.*.json")
+        plain = resolved(flags_of(record["experiment"], record["seed"], Config()))
+        told = {name: value for name, value in record["config"].items() if name in plain and value != plain[name]}
+        steps, words = told.pop("steps", 0), []
+        for name, value in told.items():
+            words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", shlex.quote(str(value))]
+        found.setdefault((steps, record["limit"], " ".join(words)), []).append(record["seed"])
+    most_first = sorted(found, key=lambda suite: (-len(found[suite]), suite))
+    return [Config(steps=steps, limit=limit, extra=extra, seeds=max(Config.seeds, *(seed + 1 for seed in found[steps, limit, extra])))
+            for steps, limit, extra in most_first]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import pytest
 
 import train
 from nanomblip import ablate
-from nanomblip.ablate import BEGIN, END, EXPERIMENTS, SUITES, Config, find_record, flags_of, read_records, record_name, resolved, tables, verdict
+from nanomblip.ablate import (BEGIN, END, EXPERIMENTS, SUITES, Config, configs_of, find_record, flags_of, read_records, record_name, resolved,
+                              tables, verdict)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = [name for name in EXPERIMENTS if not name.startswith(("lora", "int8", "fp32"))]
@@ -109,6 +110,23 @@ def test_a_record_counts_for_its_config_whatever_its_name_and_no_longer_when_a_d
     assert find_record("baseline", 0, cfg, records) is None
     names = {record_name("baseline", 0, c) for c in (cfg, replace(cfg, steps=5), replace(cfg, limit=3), replace(cfg, extra="--lr 1"))}
     assert len(names) == 4 and "baseline.0.json" in names
+
+
+def test_the_suites_of_a_folder_of_records_are_found_from_the_records_alone():
+    """The most frequent configuration comes first, its records are found with it, and no flag of an experiment counts as an extra one."""
+    cuts = [Config(steps=7, limit=3, extra="--checkpointing --lr 0.5 --tasks 'caption:2, match'", seeds=4), Config(), Config(steps=7)]
+    runs = [[("projection-only", 3), ("int8", 0), ("random-qformer", 1), ("task-mixture", 0)], [("baseline", 0), ("data-1", 1)], [("mc4", 0)]]
+    records = [record(name, seed, cfg, 0.5) for cfg, pairs in zip(cuts, runs) for name, seed in reversed(pairs)]
+    configs = configs_of(records)
+    assert [(c.steps, c.limit, c.seeds) for c in configs] == [(7, 3, 4), (0, 20, 3), (7, 20, 3)] and configs[1].extra == configs[2].extra == ""
+    for found, pairs in zip(configs, runs):
+        for name, seed in pairs:
+            assert find_record(name, seed, found, records)["experiment"] == name
+        others = [pair for of_other in runs if of_other is not pairs for pair in of_other]
+        assert all(find_record(*pair, found, records) is None for pair in others)
+    assert configs_of([]) == []
+    with pytest.raises(ValueError, match="'dance', which is no experiment"):
+        configs_of([records[0] | {"experiment": "dance"}])
 
 
 def test_damaged_records_and_missing_markers_are_named(cfg, tmp_path):
