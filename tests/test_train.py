@@ -317,6 +317,30 @@ def test_the_learning_rate_warms_up_and_ends_near_zero():
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
 
 
+def test_a_budget_is_spent_and_the_rate_follows_the_clock(monkeypatch):
+    flags = FLAGS[2:] if FLAGS[0] == "--steps" else FLAGS
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert train.main([*flags, "--eval_every", "0", "--budget", "4s", "--run", "timed"]) == 128 + signal.SIGINT
+    assert train.main(["--resume", "out/timed"]) == 0
+    record = json.loads(Path("out/timed/record.json").read_text())
+    with open("out/timed/loss.csv") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert 4 <= record["seconds"] < 7 and len(rates) == record["steps_done"] > 5
+    assert record["examples_seen"] == record["steps_done"] * 4 * 2
+    assert rates[2] == max(rates) and rates[-1] < 0.2 * rates[2] and rates[3:] == sorted(rates[3:], reverse=True)
+
+
+@pytest.mark.parametrize("text,seconds", [("", 0), ("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("0", None), ("-1m", None), ("m", None), ("nan", None),
+                                          ("infh", None), ("ten", None)])  # fmt: skip
+def test_a_budget_is_a_time(text, seconds):
+    if seconds is None:
+        with pytest.raises(ValueError, match="--budget .*10m"):
+            train.Config(budget=text)
+    else:
+        assert train.Config(budget=text).budget_seconds() == seconds
+
+
 def test_a_damaged_state_is_noticed_and_the_one_before_taken(monkeypatch, capsys):
     assert train.main([*FLAGS, "--run", "whole"]) == 0
     with monkeypatch.context() as patch:
