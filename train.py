@@ -72,7 +72,7 @@ class Config:
     llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
                                         "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
     vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
-    imitate: float = flag(0.8, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
+    imitate: float = flag(0.5, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
                                "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
     align: int = flag(100, "with --init blip2 and without --imitate: first steps that train the projection alone, so that a fresh one does "
                            "not spoil the Q-Former")  # fmt: skip
@@ -86,7 +86,7 @@ class Config:
     lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
     int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
     int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
-    steps: int = flag(2400, "optimizer steps, those of --imitate or --align included")
+    steps: int = flag(4000, "optimizer steps, those of --imitate or --align included")
     budget: str = flag("", "seconds of training instead of --steps, such as 90, 10m or 1.5h: the learning rate and --imitate follow the clock, "
                            "for runs that are to cost the same; no two are equal to the bit")  # fmt: skip
     batch: int = flag(64, "examples in a micro-batch")
@@ -102,7 +102,7 @@ class Config:
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
     clip: float = flag(1.0, "largest gradient norm")
     crop: float = flag(0.8, "smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
-    views: int = flag(4, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
+    views: int = flag(8, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
     bf16: str = flag("auto", "matrix products of training in bf16 (autocast), weights and everything else in fp32: auto = where the processor "
                              "or the GPU has instructions for them, and never with --int8, whose kernels have types of their own",
                      ("auto", "on", "off"))  # fmt: skip

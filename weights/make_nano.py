@@ -537,7 +537,8 @@ def main(argv: list[str]) -> int:
     exact = stage.test(quick=False, done=step / cfg.steps)
     stage.save(out)
     shutil.copyfile(tokenizer.path, out / "spiece.model")
-    record = dict(config=asdict(cfg), steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__,
+    config = {key: value for key, value in asdict(cfg).items() if key not in ("work", "out")}  # where, not what
+    record = dict(config=config, steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__,
                   exact_match=mean(exact.values()), exact_match_by_language=exact)  # fmt: skip
     write_json(out / "record.json", record)
     print(f"{step} steps: {100 * record['exact_match']:.1f} % {stage.unit}; {out}")
