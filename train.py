@@ -34,14 +34,14 @@ from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.hub import MODELS, download
 from nanomblip.image import ImageConfig
 from nanomblip.imitate import imitation_loss, name_places
-from nanomblip.int8 import THRESHOLD, Int8Linear
+from nanomblip.int8 import THRESHOLD, Int8Linear, has_bf16
 from nanomblip.jsonmix import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
 from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
-from nanomblip.runs import Interrupt, Log, RunLock, State, has_bf16, ignore_interrupt, keep_memory, pick_device, remove_leftovers
+from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
                                save_merged, save_processor, save_trained, write_json)  # fmt: skip
@@ -412,7 +412,8 @@ def main(argv: list[str]) -> int:
         data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
-    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16(device) and not cfg.int8)
+    helps = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16()
+    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and helps and not cfg.int8)
 
     # Optimizers, and where to go on.
     kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"

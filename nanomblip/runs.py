@@ -151,13 +151,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Has the device instructions for matrix products in bf16? Without them they are slower than in fp32 on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
 def keep_memory() -> None:
     """Let glibc keep the memory that tensors give back, instead of returning it to the system and asking again.
 
