@@ -96,7 +96,7 @@ class Config:
                           ("auto", "adamw", "muon"))  # fmt: skip
     lr: float = flag(2e-3, "AdamW's peak learning rate; the paper's, at full size, is 1e-5")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
-    muon_decay: float = flag(0.3, "Muon's weight decay; its inverse is the largest singular value that a matrix can grow to")
+    muon_decay: float = flag(0.3, "Muon's weight decay: singular values stay near its inverse (twice that in matrices four times as high as wide); 0 = none")
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")

@@ -140,7 +140,7 @@ def test_scores_are_capped_by_scaling_q_and_k_and_left_alone_where_small():
         once = {name: p.clone() for name, p in model.named_parameters()}
         for module in model.modules():
             if isinstance(module, (MT5Attention, QFormerAttention)):
-                q, k, K = module.q, module.k, 16
+                q, k = module.q, module.k
             elif isinstance(module, ViTAttention):
                 q, k = [nn.Linear(64, 64, bias=False) for _ in range(2)]
                 q.weight.data, k.weight.data, _ = module.qkv.weight.data.chunk(3)

@@ -53,7 +53,7 @@ class Config:
     batch: int = flag(0, "examples in a step; 0 = 512 for mt0, 64 for blip2")
     lr: float = flag(0.0, "AdamW's peak learning rate: embedding, head, norms, position tables; 0 = 1e-3 for mt0, 2e-3 for blip2")
     muon_lr: float = flag(0.0, "Muon's peak learning rate: the matrices inside the blocks; 0 = 0.01 for mt0, 0.02 for blip2")
-    muon_decay: float = flag(0.3, "Muon's weight decay: its inverse is the largest singular value that a matrix can grow to")
+    muon_decay: float = flag(0.3, "Muon's weight decay: singular values stay near its inverse (twice that in matrices four times as high as wide)")
     warmup: int = flag(100, "steps of linear warm-up")
     decay: float = flag(0.0, "0 = 0.9 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
@@ -68,7 +68,8 @@ class Config:
 
 # Instructions for text, and how often; {x} is a name in some language, {L} the language wanted. The last four are what
 # re-alignment will use: mBLIP's own prompts, behind a description instead of behind a picture, or behind a blurred name (`Texts.pool`).
-TRANSLATE = {"{x} in {L}:": 6, "Translate to {L}: {x}": 1, "{x}. {caption}": 3, "{x}. {naming}": 1, "{blurred}{caption}": 6, "{blurred}{naming}": 1}
+TRANSLATE = {"{x} in {L}:": 6, "Translate to {L}: {x}": 1, "{x}. {caption}": 3, "{x}. {naming}": 1,
+             "{blurred}{caption}": 6, "{blurred}{naming}": 1}  # fmt: skip
 LONG = 19  # pieces: keywords and running text have longer prompts than the translation of a name
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
@@ -330,8 +331,8 @@ class MakeBLIP2:
 
     Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and the
     Q-Former's side by side, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
-    names each can have a vector of its own, so this is a linear classifier; it reads all queries, so that they need not be alike). Redrawing grows from a third of its strength to all of it
-    in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5.
+    names each can have a vector of its own, so this is a linear classifier; it reads all queries, so that they need not be alike).
+    Redrawing grows from a third of its strength to all of it in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5.
     """
 
     steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
@@ -398,14 +399,17 @@ def caption_loss(mt5: MT5, embedded, mask, labels) -> tuple[torch.Tensor, torch.
 def cap_scores(model: nn.Module) -> None:
     """Scale q and k of each attention down where scores on inputs of deviation 1 would deviate by more than SCORES.
 
+    With W_q, W_k (H*K, D) a component of q has the variance |W_q|^2 / HK (Frobenius norm), and a score, the sum of K products,
+    the deviation sqrt(K) |W_q| |W_k| / HK; ViT and Q-Former divide it by sqrt(K) (Vaswani et al. 2017, equation 1), T5 does not.
+
     Muon gives q and k growth at a constant rate, and once a softmax sees scores far apart it looks at one key, whatever the input, and passes
     hardly any gradient on: nano trained for 14,000 steps in that state, 1.1 keys of 14 looked at, before it was noticed. (QK-Clip, Kimi Team
-    2025, section 2.1, measures the scores themselves; the norms do without a forward pass.) Dividing q by 32 then changed the loss by 3 %.
+    2025, section 2.1, measures the scores themselves; the norms do without a forward pass.) Dividing q by 32 then raised the loss by 3.5 %.
     """
     for m in model.modules():
         if isinstance(m, ViTAttention):
             D = m.qkv.in_features
-            q, k, biases, scaled = m.qkv.weight[:D], m.qkv.weight[D : 2 * D], (m.qkv.bias[:D], m.qkv.bias[D : 2 * D]), True
+            q, k, biases, scaled = m.qkv.weight[:D], m.qkv.weight[D : 2 * D], (m.qkv.bias[:D], m.qkv.bias[D : 2 * D]), True  # (D, D)
         elif isinstance(m, (QFormerAttention, MT5Attention)):
             q, k, scaled = m.q.weight, m.k.weight, isinstance(m, QFormerAttention)
             biases = (m.q.bias, m.k.bias) if scaled else ()
