@@ -41,6 +41,7 @@ from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.mt5 import MT5
+from nanomblip.muon import Muon
 from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
 from nanomblip.tokenizer import Tokenizer
 from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
@@ -282,7 +283,7 @@ def build_optimizers(model: MBLIP, kind: str, cfg: Config) -> list[torch.optim.O
         groups.append(dict(params=lora, weight_decay=cfg.weight_decay, lr=cfg.lora_lr))
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=cfg.muon_decay))
+        optimizers.append(Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.muon_decay))
     return optimizers
 
 

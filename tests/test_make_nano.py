@@ -160,7 +160,7 @@ def test_stopped_and_resumed_ends_with_the_same_model(monkeypatch, tmp_path):
     monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], mt5=small))
     monkeypatch.setattr(make_nano, "exact_match", lambda model, tokenizer, emoji, limit: {"sw": 0.5})
     monkeypatch.setattr(make_nano, "POOL", 3)  # a stop waits for the end of a pool
-    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4 --no_bf16".split()
+    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4 --bf16 off".split()
     run = lambda name: make_nano.main([*flags, "--work", str(tmp_path / "work" / name), "--out", str(tmp_path / name)])
     assert run("whole") == 0
 
@@ -246,7 +246,7 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     )
     monkeypatch.setitem(PRESETS, "nano", tiny)
     monkeypatch.setattr(make_nano, "POOL", 2)
-    flags = ["--batch", "4", "--warmup", "2", "--no_bf16", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    flags = ["--batch", "4", "--warmup", "2", "--bf16", "off", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert make_nano.main(["blip2", "--steps", "4", *flags]) == 0
     vit = digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters()))
     assert make_nano.main(["blip2", "--steps", "8", *flags]) == 0  # its second phase begins with step 6

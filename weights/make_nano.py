@@ -36,10 +36,12 @@ from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.generate import Decoding, write_one_each  # noqa: E402
 from nanomblip.image import ImageConfig  # noqa: E402
 from nanomblip.imitate import name_places  # noqa: E402
+from nanomblip.int8 import has_bf16  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
 from nanomblip.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
 from nanomblip.mt5 import MT5, MT5Attention  # noqa: E402
+from nanomblip.muon import Muon  # noqa: E402
 from nanomblip.qformer import QFormerAttention  # noqa: E402
 from nanomblip.runs import Interrupt, Log, RunLock, State, keep_memory, remove_leftovers  # noqa: E402
 from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
@@ -58,7 +60,7 @@ class Config:
     decay: float = flag(0.0, "0 = 0.9 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
     seed: int = flag(0, "of everything random")
-    bf16: bool = flag(True, "matrix products in bf16 (autocast); --no_bf16 where the processor has no instructions for it")
+    bf16: str = flag("auto", "matrix products in bf16 (autocast): auto = where the processor has instructions for them", ("auto", "on", "off"))
     save_every: float = flag(120.0, "seconds between saves")
     eval_every: int = flag(1000, "steps between looks at the exact match")
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
@@ -493,9 +495,10 @@ def main(argv: list[str]) -> int:
     model = stage.trained
     hidden = [m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in path]
     is_hidden = {id(p) for p in hidden}
+    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16())
     rest = [p for p in model.parameters() if id(p) not in is_hidden]
     optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-                  torch.optim.Muon(hidden, lr=cfg.muon_lr, momentum=0.95, weight_decay=cfg.muon_decay)]  # fmt: skip
+                  Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.muon_decay)]  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     lock = RunLock(work)  # noqa: F841, held until main returns
     remove_leftovers(work)
@@ -516,7 +519,7 @@ def main(argv: list[str]) -> int:
                     group["lr"] = peak * rate(cfg, step, starts)
             model.train()
             # Written out, attention of a few places in bf16 takes less time than torch's fused kernel, whose backward pass is slow.
-            with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16), attend_path("written"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), attend_path("written" if bf16 else "fast"):
                 loss = stage.loss(done, *tensors)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
