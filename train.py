@@ -413,8 +413,7 @@ def main(argv: list[str]) -> int:
         data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
-    helps = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16()
-    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and helps and not cfg.int8)
+    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16(device) and not cfg.int8)
 
     # Optimizers, and where to go on.
     kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"

@@ -348,8 +348,10 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 
 
 @lru_cache
-def has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 by itself; elsewhere torch emulates it, 10 to 20 times slower than fp32."""
+def has_bf16(device: torch.device = torch.device("cpu")) -> bool:
+    """Whether a CPU or GPU multiplies bf16 by itself; elsewhere torch emulates it, 10 to 20 times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         return torch.cpu._is_avx512_bf16_supported()
     except AttributeError:

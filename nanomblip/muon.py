@@ -46,8 +46,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon is for matrices; a parameter has the shape {tuple(p.shape)}")
 
     def dtype_for(self, device: torch.device) -> torch.dtype:
-        has = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16()
-        return self.dtype or (torch.bfloat16 if has else torch.float32)
+        return self.dtype or (torch.bfloat16 if has_bf16(device) else torch.float32)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -62,7 +61,9 @@ class Muon(torch.optim.Optimizer):
             for (shape, device), params in same.items():
                 updates = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum_buffer"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]))
                 update = orthogonalise(torch.stack(updates).to(self.dtype_for(device)))  # (M, rows, columns)
