@@ -4,10 +4,12 @@ A frozen language model understands vectors that it has met, its embedded pieces
 gradient that a fresh projection gets says little about where those are. But they are known: they are the rows of its embedding. So
 before the language model is asked at all, each picture's Q vectors v are pulled towards the embedded English name T_c of its concept c,
 
-    loss = 2 |v - T_c|^2 / (Q D)  -  log softmax_c ( (v . T_c - |T_c|^2 / 2) / (D tau^2) )        tau = 1/4
+    loss = 2 |v - T_c|^2 / (Q D)  -  log softmax_c ( (v . T_c - |T_c|^2 / 2) / (D tau^2) )        tau = 1
 
 The second term is the probability that v is T_c blurred by Gaussian noise, among the names of all concepts: it asks for what tells
-names apart, where the first asks for all of it. The language model does not run, so that a step costs a third. mBLIP has no such
+names apart, where the first asks for all of it. With tau = 1/4, where they are told apart from far away already, v stays short of T_c: after
+1,500 steps cosine 0.22 instead of 0.46 on the validation pictures, with the right name nearest for 55 and 60 %, and the language model, which
+cannot read what is so faint, wrote 14.7 instead of 33.8 % of them. The language model does not run, so that a step costs a third. mBLIP has no such
 phase (`train.py --imitate 0` is its recipe); BLIP-2's own first stage, which contrasts pictures with texts, is its relative.
 """
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 
 from nanomblip.tokenizer import Tokenizer
 
-TAU = 0.25
+TAU = 1.0
 
 
 def name_places(tokenizer: Tokenizer, names: list[str], queries: int) -> torch.Tensor:

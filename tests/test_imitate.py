@@ -36,4 +36,5 @@ def test_who_has_learned_it_is_the_name():
         optimizer.zero_grad()
         imitation_loss(v, torch.arange(7), table).backward()
         optimizer.step()
-    assert (v - table).square().mean() < 0.02  # the second term holds names a little further apart than they are
+    assert (v - table).square().mean() < 0.05  # the second term holds names a little further apart than they are
+    assert torch.equal(torch.cdist(v.flatten(1), table.flatten(1)).argmin(1), torch.arange(7))
