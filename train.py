@@ -73,7 +73,7 @@ class Config:
     llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
                                         "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
     vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
-    imitate: float = flag(0.5, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
+    imitate: float = flag(0.75, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
                                "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
     align: int = flag(100, "with --init blip2 and without --imitate: first steps that train the projection alone, so that a fresh one does "
                            "not spoil the Q-Former")  # fmt: skip
@@ -102,8 +102,10 @@ class Config:
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
     clip: float = flag(1.0, "largest gradient norm")
-    crop: float = flag(0.8, "smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
-    views: int = flag(8, "random crops cached for each picture when the ViT is frozen; 0 = run it at every step")
+    redraw: float = flag(0.5, "how strongly the embedded pictures are redrawn (turned, scaled, shifted, tinted, blurred) as they are looked at, "
+                              "0 to 1; 0 = random crops, as in the paper")  # fmt: skip
+    crop: float = flag(0.8, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
+    views: int = flag(8, "views cached of each picture when the ViT is frozen; 0 = run it at every step")
     bf16: str = flag("auto", "matrix products of training in bf16 (autocast), weights and everything else in fp32: auto = where the processor "
                              "or the GPU has instructions for them, and never with --int8, whose kernels have types of their own",
                      ("auto", "on", "off"))  # fmt: skip
@@ -149,6 +151,8 @@ class Config:
         self.budget_seconds()
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
+        if not 0 <= self.redraw <= 1:
+            raise ValueError(f"--redraw {self.redraw}: between 0 and 1")
         if not 0 < self.crop <= 1:
             raise ValueError(f"--crop {self.crop}: above 0, at most 1")
         if self.run != Path(self.run).name or self.run == ".." or not self.run.isprintable():
@@ -319,7 +323,7 @@ def schedule(cfg: Config, step: int, seconds: float = 0.0) -> float:
 
 @torch.no_grad()
 def cache_features(model: MBLIP, batches: Batches, device) -> torch.Tensor:
-    """The frozen ViT's view of every training picture in `views` random crops: (P, views, N, Dv), on the CPU.
+    """What the frozen ViT sees of every training picture, in `views` random views: (P, views, N, Dv), on the CPU.
 
     Pictures outside the training split stay zero; nothing asks for them.
     """
@@ -404,7 +408,7 @@ def main(argv: list[str]) -> int:
     if parts_only and not has_bases:
         raise ValueError("--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole")
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
-    batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop)
+    batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop, redraw=cfg.redraw)
     data = (f"{len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
             f"{sum(map(len, mixture.usable.values())):,} names")  # fmt: skip
     if cfg.mixture:

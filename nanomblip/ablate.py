@@ -171,10 +171,13 @@ def resolved(flags: list[str]) -> dict:
     return {name: value for name, value in config.items() if name not in train.MACHINE}
 
 
+BEFORE = {"redraw": 0.0}  # what train.py did before it had the flag, where that is not its default
+
+
 def fits(record: dict, config: dict, defaults: dict, limit: int) -> bool:
-    """Is this the record of a run with `config`? Flags that train.py did not have then must stand at their defaults now."""
-    told = record["config"]
-    return record["limit"] == limit and all(told[k] == v if k in told else v == defaults[k] for k, v in config.items())
+    """Is this the record of a run with `config`? Flags that train.py did not have then must stand at BEFORE, else at their defaults now."""
+    told = defaults | BEFORE | record["config"]
+    return record["limit"] == limit and all(told[k] == v for k, v in config.items())
 
 
 KEYS = {"experiment", "seed", "config", "limit", "measures", "seconds", "trained_parameters"}
@@ -210,7 +213,7 @@ def configs_of(records: list[dict]) -> list[Config]:
         if record["experiment"] not in EXPERIMENTS:
             raise ValueError(f"a record of {record['experiment']!r}, which is no experiment of this version: delete {record['experiment']}.*.json")
         plain = resolved(flags_of(record["experiment"], record["seed"], Config()))
-        told = {name: value for name, value in record["config"].items() if name in plain and value != plain[name]}
+        told = {name: value for name, value in (BEFORE | record["config"]).items() if name in plain and value != plain[name]}
         steps, words = told.pop("steps", 0), []
         for name, value in told.items():
             words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", shlex.quote(str(value))]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
@@ -293,6 +294,36 @@ def augment_image(img: Image.Image, cfg: ImageConfig, rng: random.Random, flip: 
     if flip and mirror:
         img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image_to_tensor(img, cfg)
+
+
+def redraw(x: torch.Tensor, generator: torch.Generator, strength: float = 1.0, flip: bool = True) -> torch.Tensor:
+    """Each drawing as another hand might have made it: x float (B, 3, H, W) in 0..1 on white -> the same shape and range.
+
+    Always: turned up to 15 degrees, scaled by 0.8 to 1.15, shifted by up to a tenth, mirrored half of the time. Each with its own
+    probability: colours tinted and mixed (0.6), another background colour (0.3; multiplied in, as through tinted glass), blurred (0.15), only
+    its edges left, dark on white (0.1). strength 0..1 scales all of these ranges and probabilities but the mirror's.
+    flip: as in `augment_image`; the rest does not depend on it.
+    """
+    B, a = len(x), strength
+    u = lambda low, high, *shape: torch.empty(B, *shape).uniform_(low, high, generator=generator)
+    some = lambda p: (u(0, 1) < p).float()[:, None, None, None]
+    angle, scale, mirror = a * u(-15, 15) * torch.pi / 180, 1 / (1 + a * u(-0.2, 0.15)), torch.where(u(0, 1) < 0.5, -1.0 if flip else 1.0, 1.0)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    theta = torch.stack([cos * mirror, -sin, a * u(-0.2, 0.2), sin * mirror, cos, a * u(-0.2, 0.2)], dim=1).view(B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = 1 - F.grid_sample(1 - x, grid, align_corners=False)  # inverted, so that what comes in from outside is white
+
+    ink = 1 - x  # white stays white
+    mix = torch.eye(3) + a * u(-0.25, 0.25, 3, 3)  # (B, 3, 3)
+    tinted = torch.einsum("bij,bjhw->bihw", mix, ink) * (1 + a * u(-0.3, 0.3))[:, None, None, None]
+    x = 1 - torch.lerp(ink, tinted, some(0.6 * a)).clamp(0, 1)
+    soft = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    gray = soft.mean(1, keepdim=True)
+    dx, dy = gray[..., :, 1:] - gray[..., :, :-1], gray[..., 1:, :] - gray[..., :-1, :]
+    edges = 1 - 4 * (F.pad(dx.abs(), (0, 1)) + F.pad(dy.abs(), (0, 0, 0, 1)))
+    x = torch.lerp(x, soft, some(0.15 * a))
+    x = torch.lerp(x, edges.clamp(0, 1).expand_as(x), some(0.1 * a))
+    return torch.lerp(x, x * u(0.5, 1.0, 3)[:, :, None, None], some(0.3 * a))
 
 
 CROP_ASPECT = (3 / 4, 4 / 3)

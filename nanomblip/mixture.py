@@ -19,7 +19,7 @@ from PIL import Image
 
 from nanomblip import prompts
 from nanomblip.emoji import Emoji, pair_split, unit_hash
-from nanomblip.image import ImageConfig, augment_image
+from nanomblip.image import ImageConfig, augment_image, image_to_tensor, redraw
 from nanomblip.languages import LANGUAGES
 from nanomblip.prompts import CAPTION, EVAL_PROMPT, KEYWORDS, MATCH, NAMING  # noqa: F401, also known from here
 from nanomblip.tokenizer import Tokenizer, pad_rows
@@ -214,15 +214,17 @@ class Batches(torch.utils.data.Dataset):
 
     batch m -> dict of tensors: picture long (B,), view long (B,), prompt long (B, S), labels long (B, T) with -100 as
     padding, and image float32 (B, 1, 3, size, size) unless `views`: then the pictures' features are cached elsewhere in
-    `views` different crops, and view says which. crop: the smallest share of a picture's area in a random crop.
+    `views` different views, and view says which. A view is a random crop, crop the smallest share of the area in it;
+    or, if redraw is above 0, the picture redrawn with that strength (`image.redraw`).
     Process `rank` of `world` has batch m * world + rank of the common stream as its m-th.
     """
 
     def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0, pool: int = 32,
-                 crop: float = 0.5, rank: int = 0, world: int = 1):  # fmt: skip
+                 crop: float = 0.5, rank: int = 0, world: int = 1, redraw: float = 0.0):  # fmt: skip
         assert 0 <= rank < world, f"process {rank} of {world}"
         self.mixture, self.tokenizer, self.image = mixture, tokenizer, image
         self.batch, self.views, self.pool, self.crop, self.rank, self.world = batch, views, pool, crop, rank, world
+        self.redraw = redraw
         self.pool_of = lru_cache(maxsize=2)(self._pool)
 
     def _pool(self, number: int) -> list[list[tuple]]:
@@ -252,5 +254,10 @@ class Batches(torch.utils.data.Dataset):
         return out
 
     def augmented(self, picture: int, rng: random.Random, task: str = "caption") -> torch.Tensor:
-        """A random crop of an embedded picture, mirrored half of the time for captions: float32 (3, size, size)."""
-        return augment_image(Image.fromarray(self.mixture.emoji.pictures[picture]), self.image, rng, flip=task == "caption", area=self.crop)
+        """A random view of an embedded picture, mirrored half of the time for captions: float32 (3, size, size)."""
+        pixels, flip = self.mixture.emoji.pictures[picture], task == "caption"
+        if not self.redraw:
+            return augment_image(Image.fromarray(pixels), self.image, rng, flip=flip, area=self.crop)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        drawn = redraw(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, generator, self.redraw, flip)[0]  # (3, H, W)
+        return image_to_tensor(Image.fromarray((255 * drawn).round().byte().permute(1, 2, 0).numpy()), self.image)

@@ -106,6 +106,8 @@ def test_a_record_counts_for_its_config_whatever_its_name_and_no_longer_when_a_d
     assert find_record("baseline", 0, replace(cfg, steps=5), records) is None and find_record("baseline", 0, replace(cfg, limit=5), records) is None
     del records[0]["config"]["data_share"]  # a flag that train.py did not have then: it stands at its default now
     assert find_record("baseline", 0, cfg, records) and find_record("data-10", 0, cfg, records) is None
+    del records[0]["config"]["redraw"]  # before it had this one, it did not redraw
+    assert find_record("baseline", 0, cfg, records) is None and find_record("baseline", 0, replace(cfg, extra="--redraw 0"), records)
     records[0]["config"]["lr"] = 0.5  # a default that has changed since
     assert find_record("baseline", 0, cfg, records) is None
     names = {record_name("baseline", 0, c) for c in (cfg, replace(cfg, steps=5), replace(cfg, limit=3), replace(cfg, extra="--lr 1"))}

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFile
 
 from nanomblip.image import (
-    MAX_PIXELS, ImageConfig, ImageError, array_to_tensor, augment_image, image_to_tensor, list_images, load_image,
+    MAX_PIXELS, ImageConfig, ImageError, array_to_tensor, augment_image, image_to_tensor, list_images, load_image, redraw,
     random_crop_box,
 )
 
@@ -454,6 +454,21 @@ def test_augmented_values_stay_in_range():
     for seed in range(50):
         tensor = augment_image(noise, cfg, random.Random(seed), flip=True)
         assert ((tensor >= low) & (tensor <= high)).all()
+
+
+def test_redrawn_pictures_stay_pictures():
+    raw = torch.ones(32, 3, 64, 64)
+    raw[:, :, 16:48, 8:40] = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    draw = lambda seed, *more: redraw(raw, torch.Generator().manual_seed(seed), *more)
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert draw(0).shape == raw.shape and 0 <= draw(0).min() and draw(0).max() <= 1
+    moved = [(draw(0, strength, False) - raw).abs().mean() for strength in (0.0, 0.3, 1.0)]
+    assert moved[0] < 1e-6 and moved[0] < moved[1] < moved[2]
+    mirrored = [(a - b).abs().mean() > 0.01 for a, b in zip(draw(0, 0.0, True), raw)]
+    assert 8 < sum(mirrored) < 24 and not torch.equal(draw(0, 0.5, True), draw(0, 0.5, False))
+    white = redraw(torch.ones(64, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert bool((white.std(dim=(2, 3)) < 1e-3).all()), "nothing drawn, nothing to see"
+    assert 0.5 < (white.mean(dim=(1, 2, 3)) > 0.999).float().mean() < 0.9  # about seven backgrounds in ten stay white
 
 
 def test_crops_follow_the_recipe():

@@ -87,6 +87,22 @@ def test_translations_name_the_language_of_their_target(emoji, texts):
     assert len(checked) == 85 and checked.total() > 2400
 
 
+def test_mixed_names_keep_the_largest_share_and_leave_the_rest_alone():
+    Q, D = PRESETS["nano"].queries, 6000
+    embedded, blurred = torch.randn(40, Q + 3, D, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3 > 0
+    mix = lambda seed: make_nano.mix_names(embedded, blurred, torch.Generator().manual_seed(seed))
+    mixed = mix(1)
+    assert torch.equal(mixed[~blurred], embedded[~blurred]) and torch.equal(mixed[:, Q:], embedded[:, Q:])
+    assert torch.equal(mixed, mix(1)) and not torch.equal(mixed, mix(2))
+    names, found = embedded[blurred, :Q].flatten(1), mixed[blurred, :Q].flatten(1)
+    shares = found @ names.T / (Q * D)  # the names are all but orthogonal, so a share is a product
+    assert torch.equal(shares.argmax(1), torch.arange(len(names)))
+    own = shares.diagonal()
+    assert own.min() > 1 - make_nano.MIX - 0.02 and own.min() < 0.62 and own.max() > 0.9 and abs(shares.sum(1) - 1).max() < 0.1
+    nothing = torch.zeros(40, dtype=torch.bool)  # such a batch may have fewer than Q places
+    assert torch.equal(make_nano.mix_names(embedded[:, :3], nothing, torch.Generator().manual_seed(0)), embedded[:, :3])
+
+
 def test_blurred_names_stand_where_a_pictures_vectors_will_and_are_as_long(emoji, texts):
     blurred = clean = 0
     for prompt, labels, pair, noise, scale, _ in texts.pool(0, 16):
@@ -189,16 +205,6 @@ def test_answers_are_greedy(emoji):
     prompts = ["cat. Caption the image in Swahili.", "x in Thai:"]
     together = make_nano.translate(model, tokenizer, prompts)
     assert [make_nano.translate(model, tokenizer, [p])[0] for p in prompts] == together
-
-
-def test_redrawn_pictures_stay_pictures(emoji):
-    raw = torch.from_numpy(emoji.pictures[:32]).permute(0, 3, 1, 2).float() / 255
-    draw = lambda seed: make_nano.redraw(raw, torch.Generator().manual_seed(seed))
-    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
-    assert draw(0).shape == raw.shape and 0 <= draw(0).min() and draw(0).max() <= 1
-    white = make_nano.redraw(torch.ones(64, 3, 16, 16), torch.Generator().manual_seed(0))
-    assert bool((white.std(dim=(2, 3)) < 1e-3).all()), "nothing drawn, nothing to see"
-    assert 0.5 < (white.mean(dim=(1, 2, 3)) > 0.999).float().mean() < 0.9  # about seven backgrounds in ten stay white
 
 
 def test_pictures_are_english_and_of_the_training_split(emoji, texts):

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 from nanomblip import prompts
 from nanomblip.emoji import ROOT, load_emoji, pair_split, picture_split
-from nanomblip.image import ImageConfig
+from nanomblip.image import ImageConfig, image_to_tensor
 from nanomblip.languages import LANGUAGES, parse_lang_mix
 from nanomblip.mixture import LABELS, NEEDS, NOT_EMBEDDED, TASKS, Batches, Mixture, parse_tasks
 from nanomblip.prompts import CAPTION, EXISTS, MATCH, NAMING, QUESTION, VQA
@@ -202,8 +203,9 @@ def test_training_and_evaluation_name_a_language_alike(emoji):
         assert (lang, prompts.EVAL_PROMPT.format(L=LANGUAGES[lang].name)) in asked
 
 
-def test_pictures_are_mirrored_for_captions_only(emoji, tokenizer):
-    b = batches(emoji, tokenizer)
+@pytest.mark.parametrize("redraw", [0.0, 0.5])
+def test_pictures_are_mirrored_for_captions_only(emoji, tokenizer, redraw):
+    b = batches(emoji, tokenizer, redraw=redraw)
     picture = next(p for p, (concept, _) in enumerate(emoji.cells) if concept == "1f50d")  # looks to the left
     views = {task: [b.augmented(picture, random.Random(i), task) for i in range(12)] for task in ("caption", "match", "choice", "yes_no")}
     mirrored = [not torch.equal(x, y) for x, y in zip(views["caption"], views["match"])]
@@ -230,8 +232,8 @@ def test_bad_task_lists_are_refused_by_name(spec):
         parse_tasks(spec)
 
 
-def batches(emoji, tokenizer, views=0, batch=8, pool=4):
-    return Batches(stream(emoji, tasks="caption,match"), tokenizer, ImageConfig(size=64), batch, views, pool)
+def batches(emoji, tokenizer, views=0, batch=8, pool=4, redraw=0.0):
+    return Batches(stream(emoji, tasks="caption,match"), tokenizer, ImageConfig(size=64), batch, views, pool, redraw=redraw)
 
 
 def test_batches_hold_the_examples_of_their_pool_sorted_by_length(emoji, tokenizer):
@@ -251,8 +253,19 @@ def test_batches_hold_the_examples_of_their_pool_sorted_by_length(emoji, tokeniz
     assert sum((loose[m]["labels"] == -100).float().mean().item() for m in range(8)) / 8 > 0.3
 
 
-def test_loader_workers_cannot_change_the_data(emoji, tokenizer):
-    b = batches(emoji, tokenizer)
+def test_redrawn_views_are_of_the_picture_at_the_models_size(emoji, tokenizer):
+    """Strength 0 is the crop; the weaker, the nearer to the picture as it is; another size is the same picture, larger."""
+    plain = image_to_tensor(Image.fromarray(emoji.pictures[5]), ImageConfig(size=64))
+    apart = {r: (batches(emoji, tokenizer, redraw=r).augmented(5, random.Random(3), "match") - plain).abs().mean() for r in (1e-6, 0.3, 1.0)}
+    assert apart[1e-6] < 0.02 < apart[0.3] < apart[1.0]
+    sizes = [Batches(stream(emoji), tokenizer, ImageConfig(size=size), 8, redraw=0.5).augmented(5, random.Random(3)) for size in (64, 128)]
+    assert sizes[1].shape == (3, 128, 128)
+    assert (torch.nn.functional.avg_pool2d(sizes[1], 2) - sizes[0]).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("redraw", [0.0, 0.5])
+def test_loader_workers_cannot_change_the_data(emoji, tokenizer, redraw):
+    b = batches(emoji, tokenizer, redraw=redraw)
     plain = [b[m] for m in range(3, 9)]
     for workers in (1, 2):
         loader = torch.utils.data.DataLoader(b, batch_size=None, sampler=range(3, 9), num_workers=workers)

@@ -34,8 +34,8 @@ from nanomblip.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E40
 from nanomblip.evaluate import LanguageID, answer, mean, normal, questions, score  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.generate import Decoding, write_one_each  # noqa: E402
-from nanomblip.image import ImageConfig  # noqa: E402
-from nanomblip.imitate import name_places  # noqa: E402
+from nanomblip.image import ImageConfig, redraw  # noqa: E402
+from nanomblip.imitate import imitation_loss, name_places  # noqa: E402
 from nanomblip.int8 import has_bf16  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
@@ -76,7 +76,8 @@ LONG = 19  # pieces: keywords and running text have longer prompts than the tran
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
-BLUR = 4.0  # largest deviation of the noise on a blurred name (pieces have 1): a picture's vectors will never be as exact as a table's
+BLUR = 3.0  # largest deviation of the noise on a blurred name (pieces have 1): a picture's vectors will never be as exact as a table's
+MIX = 0.5  # largest share of other names in it: a picture that could be two things has the mean of both (`mix_names`)
 ENGLISH = 8  # times as often as a name in another language is an English one written: instructions are English, and so is most of what mT0 read
 SCORES = 4.0  # largest deviation of attention's scores over the keys (`cap_scores`)
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
@@ -267,35 +268,6 @@ class Pictures:
         return (image - torch.tensor(self.image.mean)[:, None, None]) / torch.tensor(self.image.std)[:, None, None]
 
 
-def redraw(x: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
-    """Each drawing as another hand might have made it: x float (B, 3, H, W) in 0..1 on white -> the same shape and range.
-
-    Always: turned up to 15 degrees, scaled by 0.8 to 1.15, shifted by up to a tenth, mirrored half of the time. Each with its own
-    probability: colours tinted and mixed (0.6), another background colour (0.3; multiplied in, as through tinted glass), blurred (0.15), only
-    its edges left, dark on white (0.1). strength 0..1 scales all of these ranges and probabilities but the mirror's.
-    """
-    B, a = len(x), strength
-    u = lambda low, high, *shape: torch.empty(B, *shape).uniform_(low, high, generator=generator)
-    some = lambda p: (u(0, 1) < p).float()[:, None, None, None]
-    angle, scale, mirror = a * u(-15, 15) * torch.pi / 180, 1 / (1 + a * u(-0.2, 0.15)), torch.where(u(0, 1) < 0.5, -1.0, 1.0)
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    theta = torch.stack([cos * mirror, -sin, a * u(-0.2, 0.2), sin * mirror, cos, a * u(-0.2, 0.2)], dim=1).view(B, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    x = 1 - F.grid_sample(1 - x, grid, align_corners=False)  # inverted, so that what comes in from outside is white
-
-    ink = 1 - x  # white stays white
-    mix = torch.eye(3) + a * u(-0.25, 0.25, 3, 3)  # (B, 3, 3)
-    tinted = torch.einsum("bij,bjhw->bihw", mix, ink) * (1 + a * u(-0.3, 0.3))[:, None, None, None]
-    x = 1 - torch.lerp(ink, tinted, some(0.6 * a)).clamp(0, 1)
-    soft = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    gray = soft.mean(1, keepdim=True)
-    dx, dy = gray[..., :, 1:] - gray[..., :, :-1], gray[..., 1:, :] - gray[..., :-1, :]
-    edges = 1 - 4 * (F.pad(dx.abs(), (0, 1)) + F.pad(dy.abs(), (0, 0, 0, 1)))
-    x = torch.lerp(x, soft, some(0.15 * a))
-    x = torch.lerp(x, edges.clamp(0, 1).expand_as(x), some(0.1 * a))
-    return torch.lerp(x, x * u(0.5, 1.0, 3)[:, :, None, None], some(0.3 * a))
-
-
 class MakeMT0:
     """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
 
@@ -314,8 +286,9 @@ class MakeMT0:
         return self.texts.pool(number, batch)
 
     def loss(self, done, prompt, labels, pair, noise, scale, seed):
-        embedded = self.model.embed(prompt)  # (B, S, D)
-        embedded = (embedded + noise * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))) * scale
+        generator = torch.Generator().manual_seed(seed)
+        embedded = mix_names(self.model.embed(prompt), noise[:, 0, 0] > 0, generator)  # (B, S, D)
+        embedded = (embedded + noise * torch.randn(embedded.shape, generator=generator)) * scale
         loss, losses = caption_loss(self.model, embedded, prompt != Tokenizer.pad, labels)
         real = labels != -100
         self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses).sum(1) / real.sum(1))
@@ -352,6 +325,7 @@ class MakeBLIP2:
         self.trained = nn.ModuleDict(dict(model=self.model, heads=self.heads))
         self.image = ImageConfig(size=nano.vit.image_size)
         self.pictures = Pictures(emoji, tokenizer, self.image, seed)
+        self.places = name_places(tokenizer, [emoji.names["en"][concept] for concept in emoji.concepts], nano.queries)  # (C, Q)
 
     def pool(self, number, batch, done):
         return self.pictures.pool(number, batch, min(1.0, 1 / 3 + 4 / 3 * done / CONTRAST), blend=done < CONTRAST)
@@ -370,7 +344,8 @@ class MakeBLIP2:
         visual = self.model.image_tokens(features)  # (B, Q, D)
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
         text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
-        return caption_loss(self.model.mt5, text, mask, labels)[0]
+        names = self.model.mt5.embed_pieces(self.places).detach().float()  # (C, Q, D)
+        return caption_loss(self.model.mt5, text, mask, labels)[0] + imitation_loss(visual, target.argmax(1), names)
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
         """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier."""
@@ -388,6 +363,22 @@ class MakeBLIP2:
     def save(self, out: Path):
         save_mblip(self.model, out, image_token=len(self.tokenizer), languages=["en"], dtype=torch.float16)
         write_json(out / "preprocessor_config.json", self.image.to_hf())
+
+
+def mix_names(embedded: torch.Tensor, blurred: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mix other names into the blurred ones: embedded float (B, S, D), blurred bool (B,), whose first Q places hold a name -> the same shape.
+
+    The nearest vectors to a name that pixels can tell, in the square, are its mean over all that the picture could be, each in proportion to
+    its probability. So a share of up to MIX of each name gives way to a rival, another name of the batch, and to the mean of all of its names, in any proportion;
+    the name itself keeps the largest share.
+    """
+    rows, Q = blurred.nonzero()[:, 0], PRESETS["nano"].queries
+    if not len(rows):  # then the batch may have fewer than Q places
+        return embedded
+    names = embedded[rows, :Q]  # (R, Q, D)
+    share, spread = torch.rand(2, len(rows), 1, 1, generator=generator)
+    others = torch.lerp(names[torch.randperm(len(rows), generator=generator)], names.mean(0, keepdim=True), spread)
+    return embedded.index_put((rows[:, None], torch.arange(Q)), torch.lerp(names, others, MIX * share))
 
 
 def caption_loss(mt5: MT5, embedded, mask, labels) -> tuple[torch.Tensor, torch.Tensor]:
