@@ -75,6 +75,8 @@ class Config:
     vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
     imitate: float = flag(0.75, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
                                "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
+    imitate_weight: float = flag(0.5, "with --imitate: weight of the imitation beside the language model's loss in the steps after; without it "
+                                      "the training pictures are learned by heart and the others forgotten")  # fmt: skip
     align: int = flag(100, "with --init blip2 and without --imitate: first steps that train the projection alone, so that a fresh one does "
                            "not spoil the Q-Former")  # fmt: skip
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
@@ -148,6 +150,8 @@ class Config:
             raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
         if not 0 <= self.imitate <= 1:
             raise ValueError(f"--imitate {self.imitate}: a share of the steps, between 0 and 1")
+        if not 0 <= self.imitate_weight < math.inf:
+            raise ValueError(f"--imitate_weight {self.imitate_weight}: at least 0")
         self.budget_seconds()
         if not 0 < self.beta2 < 1:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
@@ -502,12 +506,16 @@ def main(argv: list[str]) -> int:
                     else:
                         with torch.set_grad_enabled(not vit_is_frozen):
                             seen = model.image_features(batch["image"])
+                    visual, imitation = model.image_tokens(seen), 0.0  # (B, I*Q, D)
+                    if imitating:
+                        imitation = imitation_loss(visual, shown[batch["picture"]], names)
                     if done < imitating:
-                        loss = imitation_loss(model.image_tokens(seen), shown[batch["picture"]], names)
+                        loss, told = imitation, imitation
                     else:
-                        _, loss = model(None, batch["prompt"], batch["labels"], features=seen)
+                        _, told = model(None, batch["prompt"], batch["labels"], visual=visual)
+                        loss = told + cfg.imitate_weight * imitation
                 (loss / cfg.accumulate).backward()
-            total_loss += loss.item() / cfg.accumulate
+            total_loss += told.item() / cfg.accumulate  # of one kind at a time, so that runs can be compared
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             raise ValueError(f"loss {total_loss}, gradient norm {norm:g} at step {step}: stopped before the update; lower "

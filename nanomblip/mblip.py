@@ -116,15 +116,17 @@ class MBLIP(nn.Module):
         mask = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1)  # (B, L)
         return self.mt5.encode(x, mask), mask
 
-    def forward(self, image, prompt, labels, prompt_mask=None, features=None):
+    def forward(self, image, prompt, labels, prompt_mask=None, features=None, visual=None):
         """Teacher-forced logits and loss.
 
-        image: float (B, I, 3, size, size), or None when `features` (B, I, N, Dv) from `image_features` are given;
+        image: float (B, I, 3, size, size), or None when `features` (B, I, N, Dv) from `image_features` or `visual` (B, I*Q, D)
+        from `image_tokens` are given;
         prompt: long (B, S); labels: long (B, T), -100 where there is no loss; prompt_mask: as in `encode`.
         Returns logits (B, T, V) and the mean cross-entropy over the labels, in nats a piece, fp32.
         """
-        features = self.image_features(image) if features is None else features
-        memory, mask = self.encode(self.image_tokens(features), prompt, prompt_mask)
+        if visual is None:
+            visual = self.image_tokens(self.image_features(image) if features is None else features)
+        memory, mask = self.encode(visual, prompt, prompt_mask)
         logits = self.mt5.decode(self.mt5.shift_right(labels), memory, mask)  # (B, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         return logits, loss
