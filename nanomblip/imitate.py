@@ -11,6 +11,9 @@ names apart, where the first asks for all of it. With tau = 1/4, where they are 
 1,500 steps cosine 0.22 instead of 0.46 on the validation pictures, with the right name nearest for 55 and 60 %, and the language model, which
 cannot read what is so faint, wrote 14.7 instead of 33.8 % of them. The language model does not run, so that a step costs a third. mBLIP has no such
 phase (`train.py --imitate 0` is its recipe); BLIP-2's own first stage, which contrasts pictures with texts, is its relative.
+
+Afterwards the loss stays, at half its weight, beside the language model's (`--imitate_weight`): that one alone fits v to the training pictures
+by any means, and of the validation pictures fewer are written right than before it began (37.5 instead of 42.6 %; with both 46.3 %).
 """
 
 import torch
