@@ -380,6 +380,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
     ("--tasks dance", "--tasks"), ("--concepts some", "--concepts"), ("--train nothing", "--train"), ("--init nowhere", "nowhere"),
     ("--run a/b", "--run"), ("--run ..", "--run"), ("--run q\udcff", "--run"), ("--seed 99999999999999999999", "--seed"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
     ("--lang_mix sw --hold_out_langs sw", "--hold_out_langs"), ("--batch 4.5", "--batch"), ("--no_checkpointin", "checkpointing"),
+    ("--imitate_weight -1", "--imitate_weight"), ("--imitate_weight nan", "--imitate_weight"), ("--redraw -0.1", "--redraw"),
+    ("--redraw 1.5", "--redraw"), ("--redraw nan", "--redraw"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
@@ -496,3 +498,16 @@ def test_imitation_comes_first_and_moves_the_whole_bridge(bases, monkeypatch):
     assert everything("cut") == everything("whole")
     with pytest.raises(ValueError, match="--imitate 2"):
         train.main([*flags, "--imitate", "2", "--run", "r"])
+
+
+def test_imitation_goes_on_beside_the_language_model_with_its_weight(bases):
+    """The first phase does not know the weight; the second logs the language model's loss alone, and both pull."""
+    _, _, flags = bases
+    losses = {}
+    for weight in ("0", "5"):
+        assert train.main([*flags, "--imitate", "0.5", "--imitate_weight", weight, "--run", f"w{weight}"]) == 0
+        losses[weight] = [line.split(",") for line in Path(f"out/w{weight}/loss.csv").read_text().splitlines()[1:]]
+    (none, some), phase = losses.values(), 4
+    assert none[:phase] == some[:phase]
+    assert none[phase][1] == some[phase][1] and float(none[phase][2]) < float(some[phase][2])  # the same loss told, a larger gradient
+    assert none[phase + 1][1] != some[phase + 1][1]
