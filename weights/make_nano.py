@@ -147,7 +147,7 @@ class Texts:
     def pool(self, number: int, batch: int) -> list[tuple]:
         """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise, scale float (B, S, 1), seed).
 
-        What the language model is to read is (embedded prompt + noise * N(0, 1)) * scale: 0 and 1, but for blurred names. These stand where the
+        What the language model is to read is (embedded prompt + noise * N(0, 1)) * scale: 0 and 1, but for blurred names (into which `mix_names` mixes others first). These stand where the
         Q vectors of a picture will, one name over Q places as in `imitate.py`, with noise of one deviation up to BLUR, at a length
         between 0.4 and 1.2 of that of a piece: so are the vectors that a Q-Former reaches (cosine 0.2 to 0.4 with the pieces). seed: of the noise.
 
@@ -307,7 +307,8 @@ class MakeBLIP2:
     Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and the
     Q-Former's side by side, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
     names each can have a vector of its own, so this is a linear classifier; it reads all queries, so that they need not be alike).
-    Redrawing grows from a third of its strength to all of it in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5.
+    Redrawing grows from a third of its strength to all of it in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5,
+    and each of its vectors to imitate its piece of the T5's embedded name (`imitate.py`): without that all eight became much the same.
     """
 
     steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
@@ -368,9 +369,11 @@ class MakeBLIP2:
 def mix_names(embedded: torch.Tensor, blurred: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Mix other names into the blurred ones: embedded float (B, S, D), blurred bool (B,), whose first Q places hold a name -> the same shape.
 
-    The nearest vectors to a name that pixels can tell, in the square, are its mean over all that the picture could be, each in proportion to
-    its probability. So a share of up to MIX of each name gives way to a rival, another name of the batch, and to the mean of all of its names, in any proportion;
-    the name itself keeps the largest share.
+    Of a picture that could be several things imitation's squares are least at sum_c p(c | picture) T_c, the mean of their names. So each name T becomes
+
+        (1 - s) T + s ((1 - u) T_rival + u T_mean)        s uniform in 0..MIX, u in 0..1
+
+    with another name of the batch as the rival, and the mean over the batch's names.
     """
     rows, Q = blurred.nonzero()[:, 0], PRESETS["nano"].queries
     if not len(rows):  # then the batch may have fewer than Q places
