@@ -246,7 +246,7 @@ class IconSet:
 
     def svg(self, icon: str, pixels: int) -> str:
         entry = self.data["icons"][icon]
-        width, height = entry.get("width", self.data["width"]), entry.get("height", self.data["height"])
+        width, height = (entry.get(side, self.data.get(side, 16)) for side in ("width", "height"))  # 16 is Iconify's default
         return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="0 0 {width} {height}" width="{pixels}" height="{pixels}">{entry["body"]}</svg>')
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ class Config:
     save_every: float = flag(120.0, "seconds between saves")
     eval_every: int = flag(1000, "steps between looks at the exact match")
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
+    icons: str = flag("", "blip2: file of build_icons.py with more English pictures; default: the embedded pictures alone")
     work: str = flag("out/make_nano", "folder for the state between calls")
     out: str = flag("weights/nano", "folder for the result")
 
@@ -80,6 +82,7 @@ BLUR = 3.0  # largest deviation of the noise on a blurred name (pieces have 1): 
 MIX = 0.5  # largest share of other names in it: a picture that could be two things has the mean of both (`mix_names`)
 ENGLISH = 8  # times as often as a name in another language is an English one written: instructions are English, and so is most of what mT0 read
 SCORES = 4.0  # largest deviation of attention's scores over the keys (`cap_scores`)
+SHARES = (0.5, 0.3, 0.2)  # of blip2's pictures, if there are icons: embedded ones, icons of the same concepts, icons of other things
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
@@ -219,34 +222,46 @@ def exact_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> d
 
 
 class Pictures:
-    """The endless stream of (picture, English prompt, English target): the training pictures of the eight artists.
+    """The endless stream of (picture, English prompt, English target): the training pictures of the eight artists, and icons.
 
-    Four targets in five are the name, the others a few keywords. The pictures are redrawn at each look (`redraw`), so that
-    what is learned is the thing and not an artist's hand.
+    Four targets in five are the name, the others a few keywords (icons: always the name). The pictures are redrawn at each look
+    (`redraw`), so that what is learned is the thing and not an artist's hand.
+
+    `names` are the English names of the concepts, in their order, and those only icons have. icons: a file of build_icons.py, or "".
     """
 
-    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, image: ImageConfig, seed: int):
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, image: ImageConfig, seed: int, icons: str = ""):
         self.emoji, self.tokenizer, self.image, self.seed = emoji, tokenizer, image, seed
-        self.cells = emoji.cells_in("train")
+        self.names = [emoji.names["en"][concept] for concept in emoji.concepts]
         index = {concept: i for i, concept in enumerate(emoji.concepts)}
-        self.concept = torch.tensor([index[concept] for concept, _ in emoji.cells])  # (P,)
+        self.concept = [index[concept] for concept, _ in emoji.cells]  # of each picture, its number in `names`
+        self.pixels, self.sources = list(emoji.pictures), [emoji.cells_in("train")]
+        if icons:
+            with np.load(icons) as file:  # no pickle: numpy's default
+                labels, pictures = file["names"].tolist(), file["pictures"]
+            self.names += sorted(set(labels) - set(self.names))
+            number = {name: i for i, name in enumerate(self.names)}
+            new = range(len(self.pixels), len(self.pixels) + len(labels))
+            self.pixels += list(pictures)
+            self.concept += [number[label] for label in labels]
+            known = [self.concept[i] < len(emoji.concepts) for i in new]
+            self.sources += [[i for i, yes in zip(new, known) if yes], [i for i, yes in zip(new, known) if not yes]]
 
     def pool(self, number: int, batch: int, strength: float = 1.0, blend: bool = False):
         """POOL batches of (image float (B, 1, 3, size, size), prompt long (B, S), labels long (B, T), target float (B, C)).
 
-        Targets of about the same length come together. target: shares of the concepts, in the order of `emoji.concepts`, that are in the
-        picture. strength: of the redrawing, 0..1. blend: half of the pictures have another one of the batch mixed in, by any share
+        Texts of about the same length come together. target: shares of the C `names` that are in the picture. strength: of the redrawing, 0..1. blend: half of the pictures have another one of the batch mixed in, by any share
         (mixup, Zhang et al. 2018); prompt and labels are the first one's.
         """
         rng = random.Random(f"{self.seed}/pictures/{number}")
         rows = []
-        for picture in rng.choices(self.cells, k=POOL * batch):
-            concept = self.emoji.cells[picture][0]
-            words = self.emoji.keywords["en"].get(concept)
+        for source in rng.choices(self.sources, SHARES[: len(self.sources)], k=POOL * batch):
+            picture = rng.choice(source)
+            words = self.emoji.keywords["en"].get(self.emoji.cells[picture][0]) if picture < len(self.emoji.cells) else None
             if words and rng.random() < 0.2:
                 prompt, target = KEYWORDS[0].format(L="English"), ", ".join(rng.sample(words, min(len(words), 4)))
             else:
-                prompt, target = rng.choice(CAPTION).format(L="English"), self.emoji.names["en"][concept]
+                prompt, target = rng.choice(CAPTION).format(L="English"), self.names[self.concept[picture]]
             rows.append((picture, self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48)))
         rows.sort(key=lambda row: len(row[2]))
         parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
@@ -254,9 +269,9 @@ class Pictures:
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         for part in parts:  # one at a time: a pool of pictures would be 200 MB
             pictures = [picture for picture, _, _ in part]
-            raw = torch.from_numpy(self.emoji.pictures[pictures]).permute(0, 3, 1, 2).float() / 255
+            raw = torch.from_numpy(np.stack([self.pixels[picture] for picture in pictures])).permute(0, 3, 1, 2).float() / 255
             image = self.normalise(redraw(raw, generator, strength))  # (B, 3, size, size)
-            target = F.one_hot(self.concept[pictures], len(self.emoji.concepts)).float()  # (B, C)
+            target = F.one_hot(torch.tensor([self.concept[picture] for picture in pictures]), len(self.names)).float()  # (B, C)
             if blend:
                 share = torch.rand(len(part), generator=generator) * (torch.rand(len(part), generator=generator) < 0.5)
                 image = torch.lerp(image, image.roll(1, 0), share[:, None, None, None])
@@ -275,11 +290,11 @@ class MakeMT0:
     phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01, decay=0.9)
     load = staticmethod(load_mt5)
 
-    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, cfg: Config):
         self.emoji, self.tokenizer = emoji, tokenizer
         self.model = MT5(PRESETS["nano"].mt5)
         self.trained = self.model
-        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, seed)
+        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, cfg.seed)
         self.extra = dict(loss=self.texts.loss)
 
     def pool(self, number, batch, done):
@@ -316,17 +331,17 @@ class MakeBLIP2:
     load = staticmethod(load_mblip)
     extra = {}
 
-    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, seed: int):
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, cfg: Config):
         self.emoji, self.tokenizer = emoji, tokenizer
         nano = PRESETS["nano"]
         small = dict(width=nano.mt5.width * 2 // 3, heads=nano.mt5.heads * 2 // 3, layers=1, decoder_layers=1)
         self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, **small)))
-        C = len(emoji.concepts)
+        self.image = ImageConfig(size=nano.vit.image_size)
+        self.pictures = Pictures(emoji, tokenizer, self.image, cfg.seed, cfg.icons)
+        self.places = name_places(tokenizer, self.pictures.names, nano.queries)  # (C, Q)
+        C = len(self.pictures.names)
         self.heads = nn.ModuleDict(dict(vit=nn.Linear(nano.vit.width, C), qformer=nn.Linear(nano.queries * nano.qformer.width, C)))
         self.trained = nn.ModuleDict(dict(model=self.model, heads=self.heads))
-        self.image = ImageConfig(size=nano.vit.image_size)
-        self.pictures = Pictures(emoji, tokenizer, self.image, seed)
-        self.places = name_places(tokenizer, [emoji.names["en"][concept] for concept in emoji.concepts], nano.queries)  # (C, Q)
 
     def pool(self, number, batch, done):
         return self.pictures.pool(number, batch, min(1.0, 1 / 3 + 4 / 3 * done / CONTRAST), blend=done < CONTRAST)
@@ -355,8 +370,8 @@ class MakeBLIP2:
             cells = self.emoji.cells_in("val")
             raw = torch.from_numpy(self.emoji.pictures[cells]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
-                found = self.logits(self.pictures.normalise(raw)[:, None])["qformer"].argmax(1)
-            return {"en": (found == self.pictures.concept[cells]).float().mean().item()}
+                found = self.logits(self.pictures.normalise(raw)[:, None])["qformer"][:, : len(self.emoji.concepts)].argmax(1)
+            return {"en": mean(self.pictures.concept[cell] == i for cell, i in zip(cells, found.tolist()))}
         items = questions(self.emoji, "validation", ["en"], 0)
         answers = answer(self.model, self.tokenizer, self.image, self.emoji, items)
         return {lang: r["exact"] for lang, r in score(self.emoji, items, answers, LanguageID({"en": self.emoji.names["en"]})).items()}
@@ -479,7 +494,7 @@ def main(argv: list[str]) -> int:
     work, out = Path(cfg.work) / name, Path(cfg.out) / name
     emoji, tokenizer = load_emoji(cfg.concepts), Tokenizer(ROOT / "data" / "spiece.model")
     torch.manual_seed(cfg.seed)
-    stage = STAGES[name](emoji, tokenizer, cfg.seed)
+    stage = STAGES[name](emoji, tokenizer, cfg)
     cfg = replace(cfg, steps=cfg.steps or stage.steps, batch=cfg.batch or stage.batch)
     cfg = replace(cfg, **{name: value for name, value in stage.rates.items() if not getattr(cfg, name)})
     stage.model.init_weights()
