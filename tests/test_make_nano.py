@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -219,8 +220,26 @@ def test_pictures_are_english_and_of_the_training_split(emoji, texts):
             prompts[asked] += 1
             assert target == emoji.names["en"][emoji.concepts[c]] or asked == "List keywords for the image in English."
     assert len(prompts) > 4
-    assert all(picture_split(*emoji.cells[p]) == "train" for p in stream.cells)
+    assert all(picture_split(*emoji.cells[p]) == "train" for p in stream.sources[0])
     assert same(batches, list(islice(stream.pool(0, 16), 3)))
+
+
+def test_icons_are_further_pictures_of_the_concepts_and_of_other_things(emoji, texts, tmp_path):
+    bee = emoji.names["en"][emoji.concepts[7]]
+    np.savez_compressed(tmp_path / "icons.npz", pictures=np.full((3, 64, 64, 3), 9, np.uint8), names=np.array([bee, "zip file", "abacus arrow"]))
+    size = make_nano.ImageConfig(size=64)
+    stream = make_nano.Pictures(emoji, texts.tokenizer, size, seed=0, icons=str(tmp_path / "icons.npz"))
+    C = len(emoji.concepts)
+    assert stream.names[C:] == ["abacus arrow", "zip file"] and stream.names[:C] == make_nano.Pictures(emoji, texts.tokenizer, size, 0).names
+    counts = Counter()
+    for image, _, labels, target in islice(stream.pool(0, 64, strength=0.0), 8):
+        assert target.shape == (64, C + 2)
+        for x, ids, c in zip(image, labels.tolist(), target.argmax(1).tolist()):
+            if x.std() < 1 and x.mean() < 0:  # dark all over: an icon
+                counts[c] += 1
+                assert texts.tokenizer.decode([i for i in ids if i > 1]) == stream.names[c]
+    assert set(counts) == {7, C, C + 1}
+    assert 0.22 < counts[7] / 512 < 0.38 and 0.12 < (counts[C] + counts[C + 1]) / 512 < 0.28  # SHARES
 
 
 def test_blended_pictures_have_the_shares_of_their_parts(emoji, texts):

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from build_emoji import RESVG, IconSet, fit, render_svg, squash  # noqa: E402
 
-from nanomblip.emoji import CELL, load_emoji, picture_split, unit_hash  # noqa: E402
+from nanomblip.emoji import CELL, Emoji, load_emoji, picture_split, unit_hash  # noqa: E402
 
 # Words that say how something is drawn, not what.
 STYLE = set(
@@ -59,6 +59,12 @@ def install(work: Path, packages: list[tuple[str, str]]) -> Path:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(python), f"{RESVG[0]}=={RESVG[1]}"], check=True, stdout=sys.stderr)  # fmt: skip
     sys.path.insert(0, str(python))
     return work / "node_modules" / "@iconify-json"
+
+
+def held_out(emoji: Emoji) -> set[tuple[str, str]]:
+    """(set, English name) of the pictures that AGAIN keeps from being drawn."""
+    return {(name, emoji.names["en"][concept]) for name, artists in AGAIN.items() for concept in emoji.concepts
+            if any(picture_split(concept, artist) != "train" for artist in artists)}  # fmt: skip
 
 
 def choose(sets: dict[str, IconSet], concepts: dict[str, str], held: set[tuple[str, str]]) -> list[tuple[str, str, str]]:
@@ -136,11 +142,8 @@ def main():
     whole = {squash(name) for name in english.values()}
     # "cat" is an animal and "cat face" its face, and sets mean either: such a name is a class of its own.
     concepts = {squash(english[c]): english[c] for c in emoji.concepts if squash(english[c] + " face") not in whole}
-    held = {(name, english[c]) for name, artists in AGAIN.items() for c in emoji.concepts
-            if any(picture_split(c, artist) != "train" for artist in artists)}  # fmt: skip
-    labels = sorted(set(english[c] for c in emoji.concepts))
     pictures, names = [], []
-    for name, icon, label in choose(sets, concepts, held):
+    for name, icon, label in choose(sets, concepts, held_out(emoji)):
         try:
             cell = np.asarray(fit(render_svg(sets[name].svg(icon, 2 * CELL)), CELL, 4))
         except (AssertionError, ValueError):  # empty, or no SVG that resvg can draw
@@ -148,7 +151,7 @@ def main():
         pictures.append(cell)
         names.append(label)
     np.savez_compressed(args.out, pictures=colour(np.stack(pictures)), names=np.array(names))
-    known = sum(name in set(labels) for name in set(names))
+    known = len(set(names) & {english[c] for c in emoji.concepts})
     print(f"{len(names)} pictures of {len(set(names))} names, {known} of them concepts; {args.out}")
 
 
