@@ -66,6 +66,7 @@ class Config:
     eval_every: int = flag(1000, "steps between looks at the exact match")
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
     icons: str = flag("", "blip2: file of build_icons.py with more English pictures; default: the embedded pictures alone")
+    redraw: float = flag(1.0, "blip2: how strongly the pictures are redrawn once half of the first phase is over")
     work: str = flag("out/make_nano", "folder for the state between calls")
     out: str = flag("weights/nano", "folder for the result")
 
@@ -322,7 +323,7 @@ class MakeBLIP2:
     Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and the
     Q-Former's side by side, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
     names each can have a vector of its own, so this is a linear classifier; it reads all queries, so that they need not be alike).
-    Redrawing grows from a third of its strength to all of it in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5,
+    Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5,
     and each of its vectors to imitate its piece of the T5's embedded name (`imitate.py`): without that all eight became much the same.
     """
 
@@ -336,7 +337,7 @@ class MakeBLIP2:
         nano = PRESETS["nano"]
         small = dict(width=nano.mt5.width * 2 // 3, heads=nano.mt5.heads * 2 // 3, layers=1, decoder_layers=1)
         self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, **small)))
-        self.image = ImageConfig(size=nano.vit.image_size)
+        self.image, self.strength = ImageConfig(size=nano.vit.image_size), cfg.redraw
         self.pictures = Pictures(emoji, tokenizer, self.image, cfg.seed, cfg.icons)
         self.places = name_places(tokenizer, self.pictures.names, nano.queries)  # (C, Q)
         C = len(self.pictures.names)
@@ -344,7 +345,7 @@ class MakeBLIP2:
         self.trained = nn.ModuleDict(dict(model=self.model, heads=self.heads))
 
     def pool(self, number, batch, done):
-        return self.pictures.pool(number, batch, min(1.0, 1 / 3 + 4 / 3 * done / CONTRAST), blend=done < CONTRAST)
+        return self.pictures.pool(number, batch, self.strength * min(1.0, 1 / 3 + 4 / 3 * done / CONTRAST), blend=done < CONTRAST)
 
     def logits(self, image) -> dict[str, torch.Tensor]:
         """image float (B, 1, 3, size, size) -> for ViT and Q-Former (B, C), one logit a concept."""
