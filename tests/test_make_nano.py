@@ -242,6 +242,14 @@ def test_icons_are_further_pictures_of_the_concepts_and_of_other_things(emoji, t
     assert 0.22 < counts[7] / 512 < 0.38 and 0.12 < (counts[C] + counts[C + 1]) / 512 < 0.28  # SHARES
 
 
+@pytest.mark.parametrize("content", [None, b"junk", b"PK\x03\x04junk"])
+def test_icons_that_are_none_are_refused(content, emoji, texts, tmp_path):
+    if content is not None:
+        (tmp_path / "icons.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.*build_icons.py$"):
+        make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0, icons=str(tmp_path / "icons.npz"))
+
+
 def test_blended_pictures_have_the_shares_of_their_parts(emoji, texts):
     stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
     plain, blended = (next(iter(stream.pool(0, 64, strength=0.0, blend=blend))) for blend in (False, True))

@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -238,8 +239,11 @@ class Pictures:
         self.concept = [index[concept] for concept, _ in emoji.cells]  # of each picture, its number in `names`
         self.pixels, self.sources = list(emoji.pictures), [emoji.cells_in("train")]
         if icons:
-            with np.load(icons) as file:  # no pickle: numpy's default
-                labels, pictures = file["names"].tolist(), file["pictures"]
+            try:
+                with np.load(icons) as file:  # no pickle: numpy's default
+                    labels, pictures = file["names"].tolist(), file["pictures"]
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # numpy's own advice for some of these is to unpickle
+                raise ValueError(f"--icons {icons}: missing, damaged or not of build_icons.py; make it with: python weights/build_icons.py") from None
             self.names += sorted(set(labels) - set(self.names))
             number = {name: i for i, name in enumerate(self.names)}
             new = range(len(self.pixels), len(self.pixels) + len(labels))
