@@ -30,8 +30,12 @@ def name_places(tokenizer: Tokenizer, names: list[str], queries: int) -> torch.T
     return torch.tensor([[row[i * len(row) // queries] for i in range(queries)] for row in rows])
 
 
+def name_scores(visual: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """How near each name is, the logits of the equation above: visual float (B, Q, D), table float (C, Q, D) -> (B, C)."""
+    v, t = visual.float().flatten(1), table.flatten(1)  # (B, Q*D), (C, Q*D)
+    return (v @ t.T - t.square().sum(1) / 2) / (table.shape[-1] * TAU**2)
+
+
 def imitation_loss(visual: torch.Tensor, concept: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The equation above, mean over the batch: visual float (B, Q, D), concept long (B,), table float (C, Q, D), one row a concept."""
-    v, t, D = visual.float().flatten(1), table.flatten(1), table.shape[-1]  # (B, Q*D), (C, Q*D)
-    logits = (v @ t.T - t.square().sum(1) / 2) / (D * TAU**2)  # (B, C)
-    return 2 * F.mse_loss(v, t[concept]) + F.cross_entropy(logits, concept)
+    return 2 * F.mse_loss(visual.float(), table[concept]) + F.cross_entropy(name_scores(visual, table), concept)

@@ -279,19 +279,26 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     )
     monkeypatch.setitem(PRESETS, "nano", tiny)
     monkeypatch.setattr(make_nano, "POOL", 2)
-    flags = ["--batch", "4", "--warmup", "2", "--bf16", "off", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    flags = ["--batch", "4", "--warmup", "2", "--bf16", "off", "--eval_every", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert make_nano.main(["blip2", "--steps", "4", *flags]) == 0
     vit = digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters()))
-    assert make_nano.main(["blip2", "--steps", "8", *flags]) == 0  # its second phase begins with step 6
+    began, begin = [], make_nano.MakeBLIP2.begin
+    monkeypatch.setattr(make_nano.MakeBLIP2, "begin", lambda stage, phase: began.append(phase) or begin(stage, phase))
+    assert make_nano.main(["blip2", "--steps", "12", "--contrast", "0.5", *flags]) == 0  # phases from steps 0, 6 and 10 on
+    assert began == [1, 2]
     assert digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters())) != vit
     record = json.loads((tmp_path / "out" / "blip2" / "record.json").read_text())
-    assert record["steps_done"] == 8 and record["exact_match_by_language"].keys() == {"en"}
+    assert record["steps_done"] == 12 and record["exact_match_by_language"].keys() == {"en"}
     model = load_mblip(tmp_path / "out" / "blip2")
     assert model.cfg.vit.width == 16 and model.cfg.mt5.layers == 1
     more = ["--init", str(tmp_path / "out" / "blip2"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "more"), "--lr", "1e-9", "--muon_lr", "1e-9"]
-    assert make_nano.main(["blip2", "--steps", "1", *flags, *more]) == 0
+    assert make_nano.main(["blip2", "--steps", "2", "--contrast", "1", *flags, *more]) == 0
     again = load_mblip(tmp_path / "more" / "blip2")
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert make_nano.main(["blip2", "--steps", "4", "--contrast", "0", *flags, *more, "--work", str(tmp_path / "third")]) == 0
+    again = load_mblip(tmp_path / "more" / "blip2")  # the ViT is kept, and the Q-Former new
+    assert all(torch.equal(a, b) for a, b in zip(model.vit.parameters(), again.vit.parameters(), strict=True))
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.qformer.parameters(), again.qformer.parameters(), strict=True) if a.ndim == 2)
     with pytest.raises(ValueError, match="mt0, blip2, aligned"):
         make_nano.main(["--steps", "2"])
 

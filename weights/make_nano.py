@@ -37,7 +37,7 @@ from nanomblip.evaluate import LanguageID, answer, mean, normal, questions, scor
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.generate import Decoding, write_one_each  # noqa: E402
 from nanomblip.image import ImageConfig, redraw  # noqa: E402
-from nanomblip.imitate import imitation_loss, name_places  # noqa: E402
+from nanomblip.imitate import imitation_loss, name_places, name_scores  # noqa: E402
 from nanomblip.int8 import has_bf16  # noqa: E402
 from nanomblip.languages import LANGUAGES  # noqa: E402
 from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
@@ -67,9 +67,15 @@ class Config:
     eval_every: int = flag(1000, "steps between looks at the exact match")
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
     icons: str = flag("", "blip2: file of build_icons.py with more English pictures; default: the embedded pictures alone")
+    contrast: float = flag(0.75, "blip2: share of the steps, the first ones, that train the ViT; 0 keeps the one of --init")
     redraw: float = flag(1.0, "blip2: how strongly the pictures are redrawn once half of the first phase is over")
     work: str = flag("out/make_nano", "folder for the state between calls")
     out: str = flag("weights/nano", "folder for the result")
+
+    def __post_init__(self):
+        for name in ("contrast", "redraw"):
+            if not 0 <= getattr(self, name) <= 1:  # written so that nan fails too
+                raise ValueError(f"--{name} {getattr(self, name)}: between 0 and 1")
 
 
 # Instructions for text, and how often; {x} is a name in some language, {L} the language wanted. The last four are what
@@ -79,7 +85,7 @@ TRANSLATE = {"{x} in {L}:": 6, "Translate to {L}: {x}": 1, "{x}. {caption}": 3, 
 LONG = 19  # pieces: keywords and running text have longer prompts than the translation of a name
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
-CONTRAST = 0.75  # of the steps of blip2 are its first phase, in which pictures are told apart without any language model
+SPEAK = 0.4  # of blip2's steps after those for the ViT are its last phase, the only one in which its T5 runs
 BLUR = 3.0  # largest deviation of the noise on a blurred name (pieces have 1): a picture's vectors will never be as exact as a table's
 MIX = 0.5  # largest share of other names in it: a picture that could be two things has the mean of both (`mix_names`)
 ENGLISH = 8  # times as often as a name in another language is an English one written: instructions are English, and so is most of what mT0 read
@@ -302,6 +308,9 @@ class MakeMT0:
         self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, cfg.seed)
         self.extra = dict(loss=self.texts.loss)
 
+    def begin(self, phase: int) -> list[nn.Parameter]:
+        return []
+
     def pool(self, number, batch, done):
         return self.texts.pool(number, batch)
 
@@ -324,15 +333,16 @@ class MakeMT0:
 class MakeBLIP2:
     """As MakeMT0; the T5 behind the pictures is small and writes English only, the stand-in for flan-t5.
 
-    Two phases, as in BLIP-2 (Li et al. 2023, sections 3.2 and 3.3). First the pictures alone: the mean of the ViT's vectors, and the
-    Q-Former's side by side, are each to tell a picture's name from all others (BLIP-2 contrasts with the texts of the batch; with 519
-    names each can have a vector of its own, so this is a linear classifier; it reads all queries, so that they need not be alike).
-    Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half. Then the ViT is frozen, and the Q-Former learns to say it through the T5,
-    and each of its vectors to imitate its piece of the T5's embedded name (`imitate.py`): without that all eight became much the same.
+    Three phases. First the ViT (the stand-in for EVA-CLIP): the mean of its vectors, and the eight of a Q-Former side by side, are each to
+    tell a picture's name from all others. With some hundred names each can have a vector of its own, so this is a linear classifier.
+    Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half. Then the ViT is frozen, and as in BLIP-2
+    (Li et al. 2023, sections 3.2 and 3.3) a fresh Q-Former learns in two phases: to bring pictures near their names, each vector imitating its piece of the T5's
+    embedded name (`imitate.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read is a worse
+    start than random weights (README).
     """
 
     steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
-    phases, rates = (0.0, CONTRAST), dict(lr=2e-3, muon_lr=0.02, decay=0.3)
+    rates = dict(lr=2e-3, muon_lr=0.02, decay=0.3)
     load = staticmethod(load_mblip)
     extra = {}
 
@@ -341,15 +351,29 @@ class MakeBLIP2:
         nano = PRESETS["nano"]
         small = dict(width=nano.mt5.width * 2 // 3, heads=nano.mt5.heads * 2 // 3, layers=1, decoder_layers=1)
         self.model = MBLIP(replace(nano, mt5=replace(nano.mt5, **small)))
-        self.image, self.strength = ImageConfig(size=nano.vit.image_size), cfg.redraw
+        self.image, self.strength, self.seed = ImageConfig(size=nano.vit.image_size), cfg.redraw, cfg.seed
+        self.phases = (0.0, cfg.contrast, 1 - SPEAK * (1 - cfg.contrast))
         self.pictures = Pictures(emoji, tokenizer, self.image, cfg.seed, cfg.icons)
         self.places = name_places(tokenizer, self.pictures.names, nano.queries)  # (C, Q)
         C = len(self.pictures.names)
         self.heads = nn.ModuleDict(dict(vit=nn.Linear(nano.vit.width, C), qformer=nn.Linear(nano.queries * nano.qformer.width, C)))
         self.trained = nn.ModuleDict(dict(model=self.model, heads=self.heads))
 
+    def begin(self, phase: int) -> list[nn.Parameter]:
+        """Before the first step of a phase; returns the parameters that are new, whose optimizers have nothing to remember."""
+        if phase != 1:
+            return []
+        torch.manual_seed(self.seed)
+        self.model.qformer.init_weights()
+        nn.init.normal_(self.model.queries)
+        self.model.init_projection()
+        return [*self.model.qformer.parameters(), self.model.queries, *self.model.proj.parameters()]
+
     def pool(self, number, batch, done):
-        return self.pictures.pool(number, batch, self.strength * min(1.0, 1 / 3 + 4 / 3 * done / CONTRAST), blend=done < CONTRAST)
+        _, see, _ = self.phases
+        sees = done < see
+        strength = min(1.0, 1 / 3 + 4 / 3 * done / see) if sees else 1.0
+        return self.pictures.pool(number, batch, self.strength * strength, blend=sees)
 
     def logits(self, image) -> dict[str, torch.Tensor]:
         """image float (B, 1, 3, size, size) -> for ViT and Q-Former (B, C), one logit a concept."""
@@ -358,24 +382,34 @@ class MakeBLIP2:
         return {name: self.heads[name](x).float() for name, x in dict(vit=features.mean(1), qformer=summary.flatten(1)).items()}
 
     def loss(self, done, image, prompt, labels, target):
-        if done < CONTRAST:
+        _, see, speak = self.phases
+        if done < see:
             return sum(F.cross_entropy(logits, target) for logits in self.logits(image).values())
         with torch.no_grad():
             features = self.model.image_features(image)
         visual = self.model.image_tokens(features)  # (B, Q, D)
+        names = self.model.mt5.embed_pieces(self.places).detach().float()  # (C, Q, D)
+        imitation = imitation_loss(visual, target.argmax(1), names)
+        if done < speak:
+            return imitation
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)
         text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
-        names = self.model.mt5.embed_pieces(self.places).detach().float()  # (C, Q, D)
-        return caption_loss(self.model.mt5, text, mask, labels)[0] + imitation_loss(visual, target.argmax(1), names)
+        return caption_loss(self.model.mt5, text, mask, labels)[0] + imitation
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
-        """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier."""
+        """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier; in the second, the nearest name."""
         self.model.eval()
-        if done < CONTRAST:
+        _, see, speak = self.phases
+        if done < speak:
             cells = self.emoji.cells_in("val")
             raw = torch.from_numpy(self.emoji.pictures[cells]).permute(0, 3, 1, 2).float() / 255
+            image = self.pictures.normalise(raw)[:, None]
             with torch.no_grad():
-                found = self.logits(self.pictures.normalise(raw)[:, None])["qformer"][:, : len(self.emoji.concepts)].argmax(1)
+                if done < see:
+                    scores = self.logits(image)["qformer"]
+                else:
+                    scores = name_scores(self.model.encode_image(image), self.model.mt5.embed_pieces(self.places).float())
+            found = scores[:, : len(self.emoji.concepts)].argmax(1)
             return {"en": mean(self.pictures.concept[cell] == i for cell, i in zip(cells, found.tolist()))}
         items = questions(self.emoji, "validation", ["en"], 0)
         answers = answer(self.model, self.tokenizer, self.image, self.emoji, items)
@@ -525,6 +559,9 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
 
     while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
+        for p in (p for phase, start in enumerate(starts) if step == start for p in stage.begin(phase)):
+            for optimizer in optimizers:
+                optimizer.state.pop(p, None)
         done = max(step / cfg.steps, *(share for share, start in zip(stage.phases, starts) if start <= step))
         for tensors in islice(stage.pool(step // POOL, cfg.batch, done), cfg.steps - step):
             started = time.time()
