@@ -292,13 +292,16 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     model = load_mblip(tmp_path / "out" / "blip2")
     assert model.cfg.vit.width == 16 and model.cfg.mt5.layers == 1
     more = ["--init", str(tmp_path / "out" / "blip2"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "more"), "--lr", "1e-9", "--muon_lr", "1e-9"]
-    assert make_nano.main(["blip2", "--steps", "2", "--contrast", "1", *flags, *more]) == 0
+    assert make_nano.main(["blip2", "--steps", "3", "--contrast", "1", *flags, *more]) == 0  # the Q-Former stays, too
     again = load_mblip(tmp_path / "more" / "blip2")
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert make_nano.main(["blip2", "--steps", "4", "--contrast", "0", *flags, *more, "--work", str(tmp_path / "third")]) == 0
     again = load_mblip(tmp_path / "more" / "blip2")  # the ViT is kept, and the Q-Former new
     assert all(torch.equal(a, b) for a, b in zip(model.vit.parameters(), again.vit.parameters(), strict=True))
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.qformer.parameters(), again.qformer.parameters(), strict=True) if a.ndim == 2)
+    for wrong, message in (("--contrast 1.5", "between 0 and 1"), ("--redraw nan", "between 0 and 1"), ("--contrast 0", "--init")):
+        with pytest.raises(ValueError, match=message):
+            make_nano.main(["blip2", *wrong.split()])
     with pytest.raises(ValueError, match="mt0, blip2, aligned"):
         make_nano.main(["--steps", "2"])
 

@@ -4,7 +4,7 @@ BLIP-2 has seen 129 million pictures with English texts before mBLIP begins. The
 alone knows them by heart. Iconify's npm packages hold the icons of some 140 open families, each with an English name; where a name
 is that of one of the 849 concepts, the icon is a further picture of it, and names that several sets share are classes of their own.
 
-Nothing of it is shipped, nothing is needed to use nano: only `make_nano.py blip2 --icons out/icons.npz` reads what this writes. The
+No icon is shipped, none is needed to use nano: only `make_nano.py blip2 --icons out/icons.npz` reads what this writes (nano's Q-Former was made with it). The
 artists held out (OpenMoji, Streamline) are in none of the sets, and a set that draws a training artist's pictures once more in one colour
 lends only pictures of which that artist's are trained on (AGAIN).
 

@@ -7,7 +7,7 @@ mBLIP joins two models that took others months. This script makes both in miniat
   mt0    an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which
          name the language of the answer; it has never seen a picture
   blip2  a ViT, a Q-Former and a projection in front of a small T5 that writes English only: it can see, and has never
-         read another language
+         read another language (--icons: with more English pictures than the embedded ones)
 
 Either can be stopped at any moment and goes on where it was (the same command again); a kill costs at most the time since
 the last save. What it has reached is written to weights/nano/<stage> in the official layout, as fp16, with its record.
@@ -76,6 +76,8 @@ class Config:
         for name in ("contrast", "redraw"):
             if not 0 <= getattr(self, name) <= 1:  # written so that nan fails too
                 raise ValueError(f"--{name} {getattr(self, name)}: between 0 and 1")
+        if not self.contrast and not self.init:
+            raise ValueError("--contrast 0: trains no ViT; give --init a folder that has one")
 
 
 # Instructions for text, and how often; {x} is a name in some language, {L} the language wanted. The last four are what
@@ -309,7 +311,7 @@ class MakeMT0:
         self.extra = dict(loss=self.texts.loss)
 
     def begin(self, phase: int) -> list[nn.Parameter]:
-        return []
+        return []  # nothing is drawn anew
 
     def pool(self, number, batch, done):
         return self.texts.pool(number, batch)
@@ -337,8 +339,8 @@ class MakeBLIP2:
     tell a picture's name from all others. With some hundred names each can have a vector of its own, so this is a linear classifier.
     Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half. Then the ViT is frozen, and as in BLIP-2
     (Li et al. 2023, sections 3.2 and 3.3) a fresh Q-Former learns in two phases: to bring pictures near their names, each vector imitating its piece of the T5's
-    embedded name (`imitate.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read is a worse
-    start than random weights (README).
+    embedded name (`imitate.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read was a worse
+    start than random weights (weights/README.md, "A Q-Former to start from").
     """
 
     steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
@@ -397,7 +399,10 @@ class MakeBLIP2:
         return caption_loss(self.model.mt5, text, mask, labels)[0] + imitation
 
     def test(self, quick: bool, done: float) -> dict[str, float]:
-        """On the validation pictures only: the test pictures are for the trained whole. In the first phase, the Q-Former's classifier; in the second, the nearest name."""
+        """On the validation pictures only: the test pictures are for the trained whole.
+
+        Share right: in the first phase by the Q-Former's classifier, in the second by the nearest name, in the third as written by the T5.
+        """
         self.model.eval()
         _, see, speak = self.phases
         if done < speak:
@@ -555,7 +560,7 @@ def main(argv: list[str]) -> int:
     log = Log(work / "loss.csv", ("step", "loss"), step)
     tests = Log(work / "exact.csv", ("step", "exact_match"), step)
     interrupt, last_save = Interrupt(), time.time()
-    starts = [round(share * cfg.steps) // POOL * POOL for share in stage.phases]  # a phase begins with a pool
+    starts = [round(share * cfg.steps) // POOL * POOL if share < 1 else cfg.steps for share in stage.phases]  # a phase begins with a pool
     bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
 
     while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
