@@ -53,13 +53,13 @@ from nanomblip.weights import load_mblip, load_mt5, read_json, save_mblip, save_
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = flag(0, "optimizer steps; 0 = 6000 for mt0, 8000 for blip2")
-    batch: int = flag(0, "examples in a step; 0 = 512 for mt0, 64 for blip2")
+    steps: int = flag(0, "optimizer steps; 0 = 6000 for mt0, 18000 for blip2")
+    batch: int = flag(0, "examples in a step; 0 = 512 for mt0, 128 for blip2")
     lr: float = flag(0.0, "AdamW's peak learning rate: embedding, head, norms, position tables; 0 = 1e-3 for mt0, 2e-3 for blip2")
     muon_lr: float = flag(0.0, "Muon's peak learning rate: the matrices inside the blocks; 0 = 0.01 for mt0, 0.02 for blip2")
     muon_decay: float = flag(0.3, "Muon's weight decay: singular values stay near its inverse (twice that in matrices four times as high as wide)")
     warmup: int = flag(100, "steps of linear warm-up")
-    decay: float = flag(0.0, "0 = 0.9 for mt0, 0.3 for blip2: share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
+    decay: float = flag(0.9, "share of a phase's steps, at its end, in which the rates fall to 0 in a straight line")
     concepts: str = flag("core", "vocabulary: core or all", ("core", "all"))
     seed: int = flag(0, "of everything random")
     bf16: str = flag("auto", "matrix products in bf16 (autocast): auto = where the processor has instructions for them", ("auto", "on", "off"))
@@ -67,8 +67,8 @@ class Config:
     eval_every: int = flag(1000, "steps between looks at the exact match")
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
     icons: str = flag("", "blip2: file of build_icons.py with more English pictures; default: the embedded pictures alone")
-    contrast: float = flag(0.75, "blip2: share of the steps, the first ones, that train the ViT; 0 keeps the one of --init")
-    redraw: float = flag(1.0, "blip2: how strongly the pictures are redrawn once half of the first phase is over")
+    contrast: float = flag(0.86, "blip2: share of the steps, the first ones, that train the ViT; 0 keeps the one of --init")
+    redraw: float = flag(1.0, "blip2: how strongly the pictures are redrawn once half of the first phase is over; half as strongly for the Q-Former")
     work: str = flag("out/make_nano", "folder for the state between calls")
     out: str = flag("weights/nano", "folder for the result")
 
@@ -76,6 +76,8 @@ class Config:
         for name in ("contrast", "redraw"):
             if not 0 <= getattr(self, name) <= 1:  # written so that nan fails too
                 raise ValueError(f"--{name} {getattr(self, name)}: between 0 and 1")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"--decay {self.decay}: above 0, at most 1")
         if not self.contrast and not self.init:
             raise ValueError("--contrast 0: trains no ViT; give --init a folder that has one")
 
@@ -300,7 +302,7 @@ class MakeMT0:
     """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
 
     steps, batch, unit = 6000, 512, "of English names translated exactly, mean of all languages"
-    phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01, decay=0.9)
+    phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01)
     load = staticmethod(load_mt5)
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, cfg: Config):
@@ -337,14 +339,14 @@ class MakeBLIP2:
 
     Three phases. First the ViT (the stand-in for EVA-CLIP): the mean of its vectors, and the eight of a Q-Former side by side, are each to
     tell a picture's name from all others. With some hundred names each can have a vector of its own, so this is a linear classifier.
-    Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half. Then the ViT is frozen, and as in BLIP-2
+    Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half, and is half of it afterwards. Then the ViT is frozen, and as in BLIP-2
     (Li et al. 2023, sections 3.2 and 3.3) a fresh Q-Former learns in two phases: to bring pictures near their names, each vector imitating its piece of the T5's
     embedded name (`imitate.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read was a worse
     start than random weights (weights/README.md, "A Q-Former to start from").
     """
 
-    steps, batch, unit = 8000, 64, "of the validation pictures named exactly in English"
-    rates = dict(lr=2e-3, muon_lr=0.02, decay=0.3)
+    steps, batch, unit = 18000, 128, "of the validation pictures named exactly in English"
+    rates = dict(lr=2e-3, muon_lr=0.02)
     load = staticmethod(load_mblip)
     extra = {}
 
@@ -374,7 +376,7 @@ class MakeBLIP2:
     def pool(self, number, batch, done):
         _, see, _ = self.phases
         sees = done < see
-        strength = min(1.0, 1 / 3 + 4 / 3 * done / see) if sees else 1.0
+        strength = min(1.0, 1 / 3 + 4 / 3 * done / see) if sees else 0.5
         return self.pictures.pool(number, batch, self.strength * strength, blend=sees)
 
     def logits(self, image) -> dict[str, torch.Tensor]:
