@@ -89,7 +89,7 @@ class Config:
     lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
     int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
     int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
-    steps: int = flag(2600, "optimizer steps, those of --imitate or --align included")
+    steps: int = flag(2300, "optimizer steps, those of --imitate or --align included")
     budget: str = flag("", "seconds of training instead of --steps, such as 90, 10m or 1.5h: the learning rate and --imitate follow the clock, "
                            "for runs that are to cost the same; no two are equal to the bit")  # fmt: skip
     batch: int = flag(128, "examples in a micro-batch")

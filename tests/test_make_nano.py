@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanomblip.emoji import HELD_OUT_LANGS, load_emoji, picture_split
 from nanomblip.emoji import ROOT as DATA
-from nanomblip.emoji import load_emoji, picture_split
 from nanomblip.mblip import PRESETS
 from nanomblip.mt5 import MT5, MT5Attention
 from nanomblip.qformer import QFormer, QFormerAttention
@@ -262,6 +262,13 @@ def test_blended_pictures_have_the_shares_of_their_parts(emoji, texts):
     assert torch.allclose(blended[3].sum(1), torch.ones(64))
 
 
+def test_redrawing_grows_with_the_vit_and_is_half_of_it_for_the_qformer(emoji, texts, monkeypatch):
+    stage = make_nano.MakeBLIP2(emoji, texts.tokenizer, make_nano.Config(contrast=0.5, redraw=0.9))
+    monkeypatch.setattr(stage.pictures, "pool", lambda number, batch, strength, blend: (strength, blend))
+    strengths, blends = zip(*(stage.pool(0, 4, done) for done in (0.0, 0.125, 0.25, 0.4, 0.5, 0.9)))
+    assert strengths == pytest.approx((0.3, 0.6, 0.9, 0.9, 0.45, 0.45)) and blends == (True, True, True, True, False, False)
+
+
 def test_rates_rise_and_fall_in_each_phase():
     cfg = make_nano.Config(steps=100, warmup=10, decay=0.5)
     rates = [make_nano.rate(cfg, step, [0, 60]) for step in range(100)]
@@ -299,7 +306,7 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     again = load_mblip(tmp_path / "more" / "blip2")  # the ViT is kept, and the Q-Former new
     assert all(torch.equal(a, b) for a, b in zip(model.vit.parameters(), again.vit.parameters(), strict=True))
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.qformer.parameters(), again.qformer.parameters(), strict=True) if a.ndim == 2)
-    for wrong, message in (("--contrast 1.5", "between 0 and 1"), ("--redraw nan", "between 0 and 1"), ("--contrast 0", "--init")):
+    for wrong, message in (("--contrast 1.5", "between 0 and 1"), ("--redraw nan", "between 0 and 1"), ("--decay 0", "above 0"), ("--contrast 0", "--init")):
         with pytest.raises(ValueError, match=message):
             make_nano.main(["blip2", *wrong.split()])
     with pytest.raises(ValueError, match="mt0, blip2, aligned"):
@@ -323,10 +330,7 @@ def test_the_loss_in_parts_is_cross_entropy(pieces):
 
 
 def test_the_readmes_numbers_of_nano_are_those_of_the_records():
-    """The table of what nano reaches, cell by cell, from the records of the default run, the control and the language model.
-
-    The row before the last is of a run whose record was not kept, which the README says.
-    """
+    """The table of what nano reaches, cell by cell, from the records of the default run, the control, the languages held out and the language model."""
     read = lambda path: json.loads((ROOT / "weights" / path).read_text())
     default = read("nano/aligned/record.json")
     percent = lambda value: f"{100 * value:.1f}"
@@ -338,7 +342,13 @@ def test_the_readmes_numbers_of_nano_are_those_of_the_records():
              ratio(of("held-out pairs"), of("seen pairs")), f"{percent(read('nano/mt0/record.json')['exact_match'])} %"]  # fmt: skip
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("### What nano reaches")[1].split("Where it is lost")[0]
     rows = [line.split("|")[3].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    held_out = read("records/held_out_languages.json")
+    eight = [percent(sum(record["results"]["pictures"][lang]["exact"] for lang in HELD_OUT_LANGS) / 8) for record in (held_out, default)]
+    assert set(held_out["config"]["hold_out_langs"].split(",")) == set(HELD_OUT_LANGS)
+    cells.append(ratio(*eight))
     control = read("records/control.json")["summary"]["pictures"]
     cells.append(f"{percent(control['other']['exact'])} %, English {percent(control['english']['exact'])} %: **no less**")
-    assert rows[:-2] + rows[-1:] == cells and len(rows) == 8
+    assert rows == cells
+    machine = {"vision", "hold_out_langs", "eval_every", "run", "out"}
+    assert all(record["config"][key] == value for record in (read("records/control.json"), held_out) for key, value in default["config"].items() if key not in machine)
     assert control["other"]["exact"] > 0.9 * default["summary"]["pictures"]["other"]["exact"]  # what "no less" means
