@@ -48,7 +48,8 @@ class Config:
     llm_dtype: str = flag("auto", "type of the language model's weights; auto = likewise", ("auto", *DTYPES))
     save: str = flag("", "also write the model as it is held (int8 stays int8, and loads at once the next time) to this folder")
     merge: str = flag("", "also write the whole model in floats with LoRA merged, for transformers, to this folder")
-    preset: str = flag("auto", "decoding settings, of which the flags below override single ones; auto = vqa with --question, else greedy",
+    preset: str = flag("auto", "decoding settings, of which the flags below override single ones; auto = the paper's five beams, vqa with "
+                             "--question and caption without; greedy with --stream or --sample",
                        ("auto", *DECODING))  # fmt: skip
     num_beams: int = flag(0, "beams; 0 = as in the preset")
     max_new_tokens: int = flag(0, "longest answer in pieces; 0 = as in the preset")
@@ -103,7 +104,9 @@ def decoding_of(cfg: Config) -> Decoding:
         changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=1)
     elif (cfg.temperature, cfg.top_p) != (1.0, 1.0):
         raise ValueError("--temperature and --top_p change nothing without --sample")
-    preset = cfg.preset if cfg.preset != "auto" else "vqa" if cfg.question and not cfg.sample else "greedy"
+    preset = cfg.preset
+    if preset == "auto":
+        preset = "greedy" if cfg.sample or (cfg.stream and not cfg.question) else "vqa" if cfg.question else "caption"
     if cfg.stream:
         changes["num_beams"] = 1
         if cfg.num_beams > 1 or cfg.preset in DECODING and DECODING[cfg.preset].num_beams > 1:

@@ -312,7 +312,7 @@ def run(experiment: str, seed: int, cfg: Config, langs: str) -> dict:
         out = folder / f"{what}.json"
         if not out.exists():
             call(["-m", "nanomblip.evaluate", "--model", str(folder), "--data", "emoji", "--task", task, "--limit", str(cfg.limit),
-                  "--langs", langs, "--out", str(out), *(["--force_lang"] if mask else [])], log)  # fmt: skip
+                  "--preset", "greedy", "--langs", langs, "--out", str(out), *(["--force_lang"] if mask else [])], log)  # fmt: skip
         measures[what] = measured(out)
     told = read_json(folder / "record.json")
     kept = {key: told[key] for key in ("seconds", "parameters", "trained_parameters", "final_loss", "torch", "threads")}

@@ -266,6 +266,7 @@ def test_the_embedded_data_with_and_without_the_mask(capsys, tmp_path, folder):
         record = json.loads((tmp_path / "r.json").read_text())
         assert status == 0 and record["metric"] == "exact" and set(record["languages"]) == {"th", "ta"} and len(record["samples"]) <= 20
         script[bool(flags)] = record["groups"]["all other"]["script"]["mean"]
+        assert record["decoding"]["num_beams"] == 5, "captions as in the paper"
     assert script[True] > 0.8 > script[False]
     again = run(capsys, "--model", folder, "--langs", "th,ta", "--limit", "6", "--out", tmp_path / "s.json", "--force_lang", "--batch", "5")
     assert again[1] == out, "the batch size must not matter"

@@ -6,7 +6,7 @@ import torch
 from nanomblip.emoji import ROOT, load_emoji, pair_split, picture_split
 from nanomblip.evaluate import MEASUREMENTS, LanguageID, answer, normal, pick_examples, questions, score, table
 from nanomblip.image import ImageConfig, array_to_tensor
-from nanomblip.generate import Decoding, generate
+from nanomblip.generate import DECODING, Decoding, generate
 from nanomblip.languages import script_group
 from nanomblip.mblip import MBLIP, PRESETS
 from nanomblip.tokenizer import Tokenizer
@@ -71,6 +71,9 @@ def test_batched_answers_equal_single_ones(emoji):
     prompt = tokenizer.batch(["Caption the image in English."])
     found = generate(model, array_to_tensor(emoji.pictures[[5]], image)[:, None], prompt, decoding=Decoding(max_new_tokens=24), vocab=8000)
     assert tokenizer.decode(found[0][0].ids) == together[0]
+    beams = answer(model, tokenizer, image, emoji, [(5, "en")], decoding=DECODING["caption"])
+    found = generate(model, array_to_tensor(emoji.pictures[[5]], image)[:, None], prompt, decoding=DECODING["caption"], vocab=8000)
+    assert [tokenizer.decode(found[0][0].ids)] == beams != together[:1]
 
 
 def test_the_table_shows_means_over_languages(emoji, language_id):

@@ -132,7 +132,7 @@ def test_a_bad_picture_is_one_line_and_status_2(capsys, tmp_path, content, words
 
 @pytest.mark.parametrize("flags,words", [
     ("--lang klingon", "unknown language 'klingon'"), ("--lang de", "en sw th"), ("--lang swahilli", "Swahili (sw)"), ("", "--image"),
-    ("--model nowhere", "nowhere"), ("--num_beams -1", "num_beams"), ("--num_return 3", "num_return"), ("--temperature 0.5", "--sample"),
+    ("--model nowhere", "nowhere"), ("--num_beams -1", "num_beams"), ("--num_return 6", "num_return"), ("--preset greedy --num_return 3", "num_return"), ("--temperature 0.5", "--sample"),
     ("--sample --top_p 2", "top_p"), ("--sample --num_beams 5", "--num_beams"), ("--preset best", "--preset"), ("--batch 0", "--batch"), ("--imagee x", "--image"),
     ("--sample --temperature nan", "temperature"), ("--device tpu", "--device"),
 ])  # fmt: skip
@@ -176,6 +176,14 @@ def test_contradicting_files_are_one_line(capsys, tmp_path, weights, file, chang
     (folder / file).write_text(json.dumps(old | change if isinstance(change, dict) else change))
     status, out, err = run(capsys, "--image", CAT, "--model", folder)
     assert status == 2 and out == "" and words in err and err.count("error") == 1
+
+
+@pytest.mark.parametrize("given,preset", [({}, "caption"), (dict(question="How many?"), "vqa"), (dict(stream=True), "greedy"), (dict(sample=True), "greedy"),
+                                          (dict(sample=True, question="How many?"), "greedy"), (dict(preset="greedy"), "greedy")])  # fmt: skip
+def test_answers_are_written_as_in_the_paper_unless_told_otherwise(given, preset):
+    decoding, wanted = sample.decoding_of(sample.Config(**given)), sample.DECODING[preset]
+    assert (decoding.num_beams, decoding.length_penalty) == (wanted.num_beams, wanted.length_penalty)
+    assert (decoding.max_new_tokens, decoding.do_sample) == (wanted.max_new_tokens, given.get("sample", False))
 
 
 def test_beams_nbest_and_sampling(capsys):
@@ -249,7 +257,7 @@ def test_a_question_is_asked_as_in_the_paper(capsys, tmp_path):
     target = tmp_path / "a.jsonl"
     assert run(capsys, "--image", CAT, "--question", "What is it?", "--lang", "sw", "--out", target)[0] == 0
     assert json.loads(target.read_text())["prompt"] == "Question: What is it? Short answer in Swahili:"
-    assert sample.decoding_of(sample.Config(question="x")).num_beams == 5 and sample.decoding_of(sample.Config()).num_beams == 1
+    assert sample.decoding_of(sample.Config(question="x")).num_beams == 5
     for flags in (("--question", "x", "--prompt", "y"), ("--question", "  ")):
         status, _, err = run(capsys, "--image", CAT, *flags)
         assert status == 2 and "--question" in err
@@ -270,7 +278,7 @@ def test_two_pictures_together_are_one_question(capsys, tmp_path):
 
 
 def test_a_stream_prints_the_same_text(capsys, monkeypatch):
-    status, want, _ = run(capsys, "--image", CAT, "--max_new_tokens", 30)
+    status, want, _ = run(capsys, "--image", CAT, "--preset", "greedy", "--max_new_tokens", 30)
     parts = []
     monkeypatch.setattr(sample, "print", lambda *args, **kwargs: (parts.append(args[0] if args else ""), print(*args, **kwargs))[1], raising=False)
     status, got, _ = run(capsys, "--image", CAT, "--stream", "--max_new_tokens", 30)
