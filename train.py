@@ -109,6 +109,8 @@ class Config:
                               "0 to 1; 0 = random crops, as in the paper")  # fmt: skip
     crop: float = flag(0.8, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
     views: int = flag(8, "views cached of each picture when the ViT is frozen; 0 = run it at every step")
+    noise: float = flag(0.7, "with --views: Gaussian noise on what the ViT sees, in each picture between none and this times its deviation over all "
+                             "pictures: drawings by another hand look like that to the Q-Former; 0 = none, as in the paper")  # fmt: skip
     bf16: str = flag("auto", "matrix products of training in bf16 (autocast), weights and everything else in fp32: auto = where the processor "
                              "or the GPU has instructions for them, and never with --int8, whose kernels have types of their own",
                      ("auto", "on", "off"))  # fmt: skip
@@ -158,6 +160,8 @@ class Config:
             raise ValueError(f"--beta2 {self.beta2}: between 0 and 1")
         if not 0 <= self.redraw <= 1:
             raise ValueError(f"--redraw {self.redraw}: between 0 and 1")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"--noise {self.noise}: at least 0")
         if not 0 < self.crop <= 1:
             raise ValueError(f"--crop {self.crop}: above 0, at most 1")
         if self.run != Path(self.run).name or self.run == ".." or not self.run.isprintable():
@@ -475,6 +479,9 @@ def main(argv: list[str]) -> int:
     bar = tqdm(total=None if cfg.budget else cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
 
+    noise = None
+    if features is not None and cfg.noise:
+        noise = cfg.noise * features[mixture.cells].std((0, 1)).to(device)  # (N, Dv)
     imitating = 0.0  # share of the run
     if cfg.init == "blip2" and not cfg.mixture and train != "everything":
         imitating = cfg.imitate if cfg.budget else round(cfg.imitate * cfg.steps) / cfg.steps
@@ -504,6 +511,8 @@ def main(argv: list[str]) -> int:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     if features is not None:
                         seen = features[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(device)  # (B, 1, N, Dv)
+                        if noise is not None:
+                            seen = seen + noise * torch.randn_like(seen) * torch.rand(len(seen), 1, 1, 1, device=device)
                     else:
                         with torch.set_grad_enabled(not vit_is_frozen):
                             seen = model.image_features(batch["image"])

@@ -171,7 +171,7 @@ def resolved(flags: list[str]) -> dict:
     return {name: value for name, value in config.items() if name not in train.MACHINE}
 
 
-BEFORE = {"redraw": 0.0, "imitate_weight": 0.0}  # what train.py did before it had the flag, where that is not its default
+BEFORE = {"redraw": 0.0, "imitate_weight": 0.0, "noise": 0.0}  # what train.py did before it had the flag, where that is not its default
 
 
 def fits(record: dict, config: dict, defaults: dict, limit: int) -> bool:

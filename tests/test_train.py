@@ -116,6 +116,19 @@ def flat(model):
             for name, pieces in train.model_parts(model).items()}  # fmt: skip
 
 
+def test_noise_on_what_the_vit_sees_is_as_strong_as_asked(monkeypatch):
+    """In a picture between none and --noise times the deviation over pictures, in training only; --noise 0 leaves it as it is."""
+    seen, read = {}, MBLIP.image_tokens
+    for noise in ("0", "2"):
+        rows = seen[noise] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(MBLIP, "image_tokens", lambda model, x, rows=rows: (model.training and rows.append(x.detach()), read(model, x))[1])
+            assert train.main([*FLAGS, "--train", "all", "--views", "2", "--noise", noise, "--run", f"noise{noise}"]) == 0
+    clean, noisy = (torch.cat(rows)[:, 0] for rows in seen.values())  # (examples, N, Dv)
+    added = ((noisy - clean) / clean.std(0)).flatten(1).std(1)  # (examples,)
+    assert 0 <= added.min() < 0.5 and 1.5 < added.max() < 2.6 and 0.7 < added.mean() < 1.4
+
+
 def test_going_on_from_a_folder_trains_what_the_paper_trains():
     assert train.main([*FLAGS, "--run", "base"]) == 0
     assert train.main([*FLAGS, "--init", "out/base", "--run", "next"]) == 0
@@ -381,7 +394,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
     ("--run a/b", "--run"), ("--run ..", "--run"), ("--run q\udcff", "--run"), ("--seed 99999999999999999999", "--seed"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
     ("--lang_mix sw --hold_out_langs sw", "--hold_out_langs"), ("--batch 4.5", "--batch"), ("--no_checkpointin", "checkpointing"),
     ("--imitate_weight -1", "--imitate_weight"), ("--imitate_weight nan", "--imitate_weight"), ("--redraw -0.1", "--redraw"),
-    ("--redraw 1.5", "--redraw"), ("--redraw nan", "--redraw"),
+    ("--redraw 1.5", "--redraw"), ("--redraw nan", "--redraw"), ("--noise -1", "--noise"), ("--noise nan", "--noise"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
