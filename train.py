@@ -110,7 +110,7 @@ class Config:
     crop: float = flag(0.8, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
     views: int = flag(8, "views cached of each picture when the ViT is frozen; 0 = run it at every step")
     noise: float = flag(0.7, "with --views: Gaussian noise on what the ViT sees, in each picture between none and this times its deviation over all "
-                             "pictures: drawings by another hand look like that to the Q-Former; 0 = none, as in the paper")  # fmt: skip
+                             "pictures, so that the Q-Former reads unseen drawings better (weights/README.md); 0 = none, as in the paper")  # fmt: skip
     bf16: str = flag("auto", "matrix products of training in bf16 (autocast), weights and everything else in fp32: auto = where the processor "
                              "or the GPU has instructions for them, and never with --int8, whose kernels have types of their own",
                      ("auto", "on", "off"))  # fmt: skip
