@@ -349,6 +349,6 @@ def test_the_readmes_numbers_of_nano_are_those_of_the_records():
     control = read("records/control.json")["summary"]["pictures"]
     cells.append(f"{percent(control['other']['exact'])} %, English {percent(control['english']['exact'])} %: **no less**")
     assert rows == cells
-    machine = {"vision", "hold_out_langs", "eval_every", "run", "out"}
+    machine = {"vision", "hold_out_langs", "eval_every", "run", "out", "resume"}
     assert all(record["config"][key] == value for record in (read("records/control.json"), held_out) for key, value in default["config"].items() if key not in machine)
     assert control["other"]["exact"] > 0.9 * default["summary"]["pictures"]["other"]["exact"]  # what "no less" means
