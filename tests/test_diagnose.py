@@ -48,6 +48,16 @@ def test_both_tables_of_what_is_shipped(monkeypatch, tmp_path, capsys):
     assert losses["right name"] < losses["held-out picture"] < losses["another picture"] and losses["training picture"] < 1 < losses["another name"]
 
 
+def test_the_readmes_tables_are_those_of_the_record():
+    record = json.loads((ROOT / "weights" / "records" / "diagnosis.json").read_text())
+    part = (ROOT / "README.md").read_text(encoding="utf-8").split("Where it is lost, part by part")[1].split("- **Reading**")[0]
+    cells = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    loss = {name: f"{value:.2f}" for name, value in record["losses"].items()}
+    assert [row[1] for row in cells[1:5]] == [loss["right name"], f"{loss['training picture']}, {loss['held-out picture']}", loss["another picture"], loss["another name"]]
+    percent = lambda name, digits: [f"{100 * record['english'][name][split]:.{digits}f}" for split in diagnose.SPLITS]
+    assert [row[1:] for row in cells[6:]] == [percent("vit", 0), percent("qformer", 0), percent("nearest", 0), percent("written", 1)]
+
+
 @pytest.mark.parametrize("flags,message", [("--names 0", "--names 0"), ("--model nowhere", "nowhere"), ("--vision weights/nano/mt0", "config.json")])
 def test_wrong_flags_say_what_is_wrong(flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -8,7 +8,8 @@ Two tables, which the README shows. Of held-out pictures and of two artists that
     written    the language model's caption, five beams                 what it makes of that
 
 and the loss of the human names, over all languages, behind what takes a picture's place. The probe is a ridge regression from the
-training pictures to the concepts (one-hot); its strength is chosen on the validation pictures. record: weights/records/diagnosis.json.
+training pictures to the concepts (one-hot); its strength is chosen on the validation pictures. The record of the
+shipped weights is weights/records/diagnosis.json.
 """
 
 import random
