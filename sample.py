@@ -13,18 +13,23 @@ from pathlib import Path
 
 import torch
 
-from nanomblip.emoji import load_emoji
-from nanomblip.fidelity import language_pieces
+from nanomblip.data.emoji import load_emoji
+from nanomblip.data.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
+from nanomblip.data.languages import LANGUAGES, parse_lang
+from nanomblip.data.processor import save_processor
+from nanomblip.data.prompts import EVAL_PROMPT
+from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
-from nanomblip.generate import DECODING, Decoding, generate
-from nanomblip.hub import MODELS, download
-from nanomblip.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
-from nanomblip.languages import LANGUAGES, parse_lang
-from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.prompts import EVAL_PROMPT
-from nanomblip.runs import pick_device
-from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import DTYPES, config_from_hf, load_adapter, load_mblip, read_json, save_mblip, save_merged, save_processor, write_atomic
+from nanomblip.measure.fidelity import language_pieces
+from nanomblip.model.generate import DECODING, Decoding, generate
+from nanomblip.model.mblip import MBLIP, PRESETS
+from nanomblip.training.state import pick_device
+from nanomblip.weights.adapter import load_adapter
+from nanomblip.weights.files import read_json, write_atomic
+from nanomblip.weights.hub import MODELS, download
+from nanomblip.weights.layout import config_from_hf
+from nanomblip.weights.load import DTYPES, load_mblip
+from nanomblip.weights.save import save_mblip, save_merged
 
 HERE = Path(__file__).resolve().parent
 MAX_PROMPT = 256  # pieces, the paper's limit in evaluation
@@ -36,17 +41,23 @@ LARGE = 500_000_000  # parameters, from which on `--vision_dtype auto` and `--ll
 class Config:
     image: list = flag((), "pictures, or folders of pictures", many=True)
     lang: str = flag("en", "language of the answer: a code, an English name or an alias")
-    force_lang: bool = flag(False, "write only pieces that the language can use: its words for nano, its script for other tokenizers")
+    force_lang: bool = flag(
+        False, "write only pieces that the language can use: its words for nano, its script for other tokenizers"
+    )
     prompt: str = flag("", f"what to ask, {{L}} = the language's English name; default: {EVAL_PROMPT!r}")
     question: str = flag("", f"a question about the picture, asked as in the paper: {QUESTION!r}")
-    together: bool = flag(False, "all pictures are one question's: the model sees them one after the other and answers once")
+    together: bool = flag(
+        False, "all pictures are one question's: the model sees them one after the other and answers once"
+    )
     model: str = flag("", "a run folder, a folder in the official layout, nano, or the name of an official checkpoint, which is fetched into "
                           "weights/; default: the newest run in out/, else weights/nano if it is there")  # fmt: skip
     adapter: str = flag("", "folder with LoRA of the language model, as peft or train.py wrote it")
     vision_dtype: str = flag("auto", "type of the ViT's weights; auto = as stored, and int8 for a model of more than 500 million parameters",
                              ("auto", *DTYPES))  # fmt: skip
     llm_dtype: str = flag("auto", "type of the language model's weights; auto = likewise", ("auto", *DTYPES))
-    save: str = flag("", "also write the model as it is held (int8 stays int8, and loads at once the next time) to this folder")
+    save: str = flag(
+        "", "also write the model as it is held (int8 stays int8, and loads at once the next time) to this folder"
+    )
     merge: str = flag("", "also write the whole model in floats with LoRA merged, for transformers, to this folder")
     preset: str = flag("auto", "decoding settings, of which the flags below override single ones; auto = the paper's five beams, vqa with "
                              "--question and caption without; greedy with --stream or --sample",
@@ -80,9 +91,13 @@ def find_model(name: str) -> Path:
     if name in MODELS and name.startswith("mblip"):
         return download(name, HERE / "weights" / name)
     if name in PRESETS and name != "nano":
-        raise FileNotFoundError(f"--model {name}: no such weights were published; train them with train.py --llm {name.removeprefix('mblip-')}")
+        raise FileNotFoundError(
+            f"--model {name}: no such weights were published; train them with train.py --llm {name.removeprefix('mblip-')}"
+        )
     if name in ("", "nano"):
-        raise FileNotFoundError("no trained weights here yet; make some with: python train.py --lang_mix all (about ten minutes)")
+        raise FileNotFoundError(
+            "no trained weights here yet; make some with: python train.py --lang_mix all (about ten minutes)"
+        )
     raise FileNotFoundError(f"--model {name}: no such folder, and neither nano nor mblip-mt0-xl")
 
 
@@ -90,7 +105,9 @@ def spoken(folder: Path) -> list[str] | None:
     """The languages that a model says it was trained to answer in; None (the official ones do not say) means all 96."""
     config = read_json(folder / "config.json")
     languages = config.get("languages") if isinstance(config, dict) else None
-    if languages is not None and not (isinstance(languages, list) and languages and all(code in LANGUAGES for code in languages)):
+    if languages is not None and not (
+        isinstance(languages, list) and languages and all(code in LANGUAGES for code in languages)
+    ):
         raise ValueError(f"{folder / 'config.json'}: languages is not a list of language codes")
     return languages
 
@@ -98,7 +115,9 @@ def spoken(folder: Path) -> list[str] | None:
 def decoding_of(cfg: Config) -> Decoding:
     """The preset with the flags that were given put over it."""
     changes = {name: getattr(cfg, name) for name in ("num_beams", "max_new_tokens") if getattr(cfg, name)}
-    changes |= {n: getattr(cfg, n) for n in ("length_penalty", "repetition_penalty") if getattr(cfg, n) == getattr(cfg, n)}
+    changes |= {
+        n: getattr(cfg, n) for n in ("length_penalty", "repetition_penalty") if getattr(cfg, n) == getattr(cfg, n)
+    }
     changes |= dict(num_return=cfg.num_return, seed=cfg.seed)
     if cfg.sample:
         changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, num_beams=1)
@@ -110,7 +129,9 @@ def decoding_of(cfg: Config) -> Decoding:
     if cfg.stream:
         changes["num_beams"] = 1
         if cfg.num_beams > 1 or cfg.preset in DECODING and DECODING[cfg.preset].num_beams > 1:
-            raise ValueError("--stream goes without beams: they go back on what they wrote; leave out --num_beams and --preset")
+            raise ValueError(
+                "--stream goes without beams: they go back on what they wrote; leave out --num_beams and --preset"
+            )
     if cfg.force_lang:  # else silence is the easiest way to obey
         changes |= dict(min_new_tokens=max(1, DECODING[preset].min_new_tokens))
     return replace(DECODING[preset], **changes)
@@ -123,7 +144,9 @@ def types(cfg: Config, folder: Path) -> dict[str, str | None]:
     if isinstance(config, dict) and "quantization_config" not in config:
         with torch.device("meta"):
             auto = "int8" if sum(p.numel() for p in MBLIP(config_from_hf(config)).parameters()) > LARGE else None
-    return {name: auto if getattr(cfg, name) == "auto" else getattr(cfg, name) for name in ("vision_dtype", "llm_dtype")}
+    return {
+        name: auto if getattr(cfg, name) == "auto" else getattr(cfg, name) for name in ("vision_dtype", "llm_dtype")
+    }
 
 
 class Stream:
@@ -133,7 +156,9 @@ class Stream:
         self.tokenizer, self.shown = tokenizer, ""
 
     def __call__(self, ids: list[int]):
-        text = " ".join(self.tokenizer.decode(ids).rstrip("\ufffd").split())  # a letter of several bytes may not be complete yet
+        text = " ".join(
+            self.tokenizer.decode(ids).rstrip("\ufffd").split()
+        )  # a letter of several bytes may not be complete yet
         if text.startswith(self.shown):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text
@@ -191,9 +216,13 @@ def main(argv: list[str]) -> int:
             write_folder(model, Path(target), folder, len(tokenizer), merged=name == "merge")
     model.to(device)
     if len(tokenizer) > model.cfg.mt5.vocab:
-        raise ValueError(f"{folder}: a tokenizer of {len(tokenizer)} pieces does not go with an embedding of {model.cfg.mt5.vocab} rows")
+        raise ValueError(
+            f"{folder}: a tokenizer of {len(tokenizer)} pieces does not go with an embedding of {model.cfg.mt5.vocab} rows"
+        )
     if size.size != model.cfg.vit.image_size:
-        raise ValueError(f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}")
+        raise ValueError(
+            f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}"
+        )
     print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
     allowed = language_pieces(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)
     ids = tokenizer.encode(question, MAX_PROMPT)
@@ -221,10 +250,15 @@ def main(argv: list[str]) -> int:
             lines.append(json.dumps(dict(image=names if cfg.together else names[0], lang=lang, prompt=question, text=texts[0], texts=texts),
                                     ensure_ascii=False))  # fmt: skip
             if stream is not None:
-                print(texts[0][len(stream.shown) :] if texts[0].startswith(stream.shown) else f"\n{texts[0]}", flush=True)
+                print(
+                    texts[0][len(stream.shown) :] if texts[0].startswith(stream.shown) else f"\n{texts[0]}", flush=True
+                )
             elif not cfg.out:
                 for text in texts:
-                    print(text if len(groups) == 1 else f"{json.dumps(names[0], ensure_ascii=False)[1:-1]}\t{text}", flush=True)
+                    print(
+                        text if len(groups) == 1 else f"{json.dumps(names[0], ensure_ascii=False)[1:-1]}\t{text}",
+                        flush=True,
+                    )
     if out is not None:
         # A file name that is not UTF-8 holds lone surrogates; "\udcff" is what JSON itself writes for them.
         data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")

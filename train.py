@@ -26,27 +26,40 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nanomblip.attention import attend_path
-from nanomblip.emoji import ROOT as DATA
-from nanomblip.emoji import load_emoji
-from nanomblip.evaluate import MEASUREMENTS, LanguageID, evaluate, mean, table
+from nanomblip.data.emoji import ROOT as DATA
+from nanomblip.data.emoji import load_emoji
+from nanomblip.data.image import ImageConfig
+from nanomblip.data.json_mixture import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
+from nanomblip.data.languages import LANGUAGES, parse_lang, parse_lang_mix
+from nanomblip.data.mixture import TASKS, Batches, Mixture, parse_tasks
+from nanomblip.data.processor import save_processor
+from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
-from nanomblip.generate import DECODING
-from nanomblip.hub import MODELS, download
-from nanomblip.image import ImageConfig
-from nanomblip.imitate import imitation_loss, name_places
-from nanomblip.int8 import THRESHOLD, Int8Linear, has_bf16
-from nanomblip.jsonmix import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
-from nanomblip.languages import LANGUAGES, parse_lang, parse_lang_mix
-from nanomblip.lora import LoRALinear, add_lora, check_lora, lora_layers
-from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.mixture import TASKS, Batches, Mixture, parse_tasks
-from nanomblip.mt5 import MT5
-from nanomblip.muon import Muon
-from nanomblip.runs import Interrupt, Log, RunLock, State, ignore_interrupt, keep_memory, pick_device, remove_leftovers
-from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import (DTYPES, digest, frozen_fingerprint, load_mblip, load_mt5, load_vision, read_json, save_adapter, save_mblip,
-                               save_merged, save_processor, save_trained, write_json)  # fmt: skip
+from nanomblip.measure.emoji_splits import MEASUREMENTS, evaluate, mean, table
+from nanomblip.measure.fidelity import LanguageID
+from nanomblip.model.attention import attend_path
+from nanomblip.model.generate import DECODING
+from nanomblip.model.int8 import THRESHOLD, Int8Linear
+from nanomblip.model.int8_kernels import has_bf16
+from nanomblip.model.lora import LoRALinear, add_lora, check_lora, lora_layers
+from nanomblip.model.mblip import MBLIP, PRESETS
+from nanomblip.model.mt5 import MT5
+from nanomblip.training.optimizers import Muon
+from nanomblip.training.state import (
+    Interrupt,
+    Log,
+    State,
+    ignore_interrupt,
+    keep_memory,
+    pick_device,  # fmt: skip
+    remove_leftovers,
+)
+from nanomblip.training.warmup import imitation_loss, name_places
+from nanomblip.weights.adapter import save_adapter
+from nanomblip.weights.files import RunLock, digest, read_json, write_json
+from nanomblip.weights.hub import MODELS, download
+from nanomblip.weights.load import DTYPES, load_mblip, load_mt5, load_vision
+from nanomblip.weights.save import frozen_fingerprint, save_mblip, save_merged, save_trained
 
 HERE = Path(__file__).resolve().parent
 LARGE = 500_000_000  # parameters, from which on --save auto writes the trained parts alone
@@ -63,16 +76,27 @@ class Config:
     lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
     hold_out_langs: str = flag("", "languages to leave out of the mixture, as a list; to measure them zero-shot")
     tasks: str = flag("caption", "tasks and their shares, each with :weight: " + ", ".join(TASKS))
-    concepts: str = flag("core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all"))
+    concepts: str = flag(
+        "core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all")
+    )
     data_share: float = flag(1.0, "share of the training pictures that is used")
-    mixture: str = flag("", "train on the paper's data instead of the embedded: a JSON file in the released format, or FILE:weight,FILE:weight")
+    mixture: str = flag(
+        "",
+        "train on the paper's data instead of the embedded: a JSON file in the released format, or FILE:weight,FILE:weight",
+    )
     image_root: str = flag("", "with --mixture: the folder of its pictures")
-    init: str = flag("blip2", "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
-                              "projection: mBLIP's start), random (of size nano), or a folder in the official layout")
+    init: str = flag(
+        "blip2",
+        "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
+        "projection: mBLIP's start), random (of size nano), or a folder in the official layout",
+    )
     vision: str = flag("weights/nano/blip2", "with --init blip2: the model that can see: a folder, as made by weights/make_nano.py blip2, or "
                                              "blip2-flan-t5-xl, which is fetched (its own language model is not)")  # fmt: skip
-    llm: str = flag("weights/nano/mt0", "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
-                                        "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison")
+    llm: str = flag(
+        "weights/nano/mt0",
+        "with --init blip2: the language model: a folder, as made by weights/make_nano.py mt0, or mt0-small, "
+        "-base, -large, -xl, -xxl, which are fetched; random = fresh weights of nano's size, for comparison",
+    )
     vision_dtype: str = flag("fp32", "type of the ViT's weights while it is frozen", tuple(DTYPES))
     imitate: float = flag(0.75, "with --init blip2 on the embedded data: share of the steps, the first ones, in which a picture's vectors imitate "
                                "the embedded English name and the language model does not run; 0 = none, as in the paper")  # fmt: skip
@@ -83,13 +107,17 @@ class Config:
     train: str = flag("auto", "what is trained: projection, all (as in the paper: Q-Former, queries, projection), everything "
                               "(ViT and language model too); auto = everything from random weights, else all",
                       ("auto", "projection", "all", "everything"))  # fmt: skip
-    lora: str = flag("none", "layers of the language model that get LoRA: all (as in the paper), qv, or none", ("all", "qv", "none"))
+    lora: str = flag(
+        "none", "layers of the language model that get LoRA: all (as in the paper), qv, or none", ("all", "qv", "none")
+    )
     lora_r: int = flag(8, "LoRA's rank")
     lora_alpha: float = flag(16.0, "LoRA's factor is alpha / r")
     lora_dropout: float = flag(0.05, "share of LoRA's input that is dropped in training")
     lora_lr: float = flag(1e-3, "LoRA's peak learning rate; the paper's, at full size, is 2e-4, with 1e-5 for the rest")
     int8: bool = flag(False, "hold the frozen language model in int8: about a byte a number instead of four")
-    int8_threshold: float = flag(THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is")
+    int8_threshold: float = flag(
+        THRESHOLD, "magnitude from which on a column of an int8 layer's input is not rounded; 0 = none is"
+    )
     steps: int = flag(2300, "optimizer steps, those of --imitate or --align included")
     budget: str = flag("", "seconds of training instead of --steps, such as 90, 10m or 1.5h: the learning rate and --imitate follow the clock, "
                            "for runs that are to cost the same; no two are equal to the bit")  # fmt: skip
@@ -100,14 +128,20 @@ class Config:
                           ("auto", "adamw", "muon"))  # fmt: skip
     lr: float = flag(2e-3, "AdamW's peak learning rate; the paper's, at full size, is 1e-5")
     muon_lr: float = flag(0.02, "Muon's peak learning rate")
-    muon_decay: float = flag(0.3, "Muon's weight decay: singular values stay near its inverse (twice that in matrices four times as high as wide); 0 = none")
+    muon_decay: float = flag(
+        0.3,
+        "Muon's weight decay: singular values stay near its inverse (twice that in matrices four times as high as wide); 0 = none",
+    )
     warmup: int = flag(100, "steps of linear warm-up, before the cosine decay to 0")
     weight_decay: float = flag(0.1, "AdamW's decay; norms, biases, position tables and queries have none")
     beta2: float = flag(0.98, "AdamW's memory of squared gradients; the paper's 0.999 is for longer runs")
     clip: float = flag(1.0, "largest gradient norm")
     redraw: float = flag(0.5, "how strongly the embedded pictures are redrawn (turned, scaled, shifted, tinted, blurred) as they are looked at, "
                               "0 to 1; 0 = random crops, as in the paper")  # fmt: skip
-    crop: float = flag(0.8, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs")
+    crop: float = flag(
+        0.8,
+        "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop; the paper's 0.5 is for photographs",
+    )
     views: int = flag(8, "views cached of each picture when the ViT is frozen; 0 = run it at every step")
     noise: float = flag(0.7, "with --views: Gaussian noise on what the ViT sees, in each picture between none and this times its deviation over all "
                              "pictures, so that the Q-Former reads unseen drawings better (weights/README.md); 0 = none, as in the paper")  # fmt: skip
@@ -121,7 +155,9 @@ class Config:
     save_every: float = flag(120.0, "seconds between checkpoints")
     save: str = flag("auto", "what is written: whole = the whole model, trained = the trained parts alone and where the bases of --init blip2 "
                              "are; auto = trained for more than 500 million parameters", ("auto", "whole", "trained"))  # fmt: skip
-    merge: bool = flag(False, "at the end also write the whole model, LoRA merged, for transformers, to merged/ in the run's folder")
+    merge: bool = flag(
+        False, "at the end also write the whole model, LoRA merged, for transformers, to merged/ in the run's folder"
+    )
     workers: int = flag(0, "processes that prepare batches; cannot change the data")
     device: str = flag("auto", "auto, cpu or cuda")
     out: str = flag("out", "folder of all runs")
@@ -146,11 +182,15 @@ class Config:
         if not 0 <= self.int8_threshold < math.inf:
             raise ValueError(f"--int8_threshold {self.int8_threshold}: at least 0")
         if self.int8 and (self.init == "random" or (self.init == "blip2" and self.llm == "random")):
-            raise ValueError("--int8 with a random language model: there is nothing to keep frozen; give --llm or --init a folder")
+            raise ValueError(
+                "--int8 with a random language model: there is nothing to keep frozen; give --llm or --init a folder"
+            )
         if not 0 < self.data_share <= 1:
             raise ValueError(f"--data_share {self.data_share}: above 0, at most 1")
         if bool(self.mixture) != bool(self.image_root):
-            raise ValueError("--mixture and --image_root go together: the file of examples and the folder of their pictures")
+            raise ValueError(
+                "--mixture and --image_root go together: the file of examples and the folder of their pictures"
+            )
         if not 0 <= self.imitate <= 1:
             raise ValueError(f"--imitate {self.imitate}: a share of the steps, between 0 and 1")
         if not 0 <= self.imitate_weight < math.inf:
@@ -195,7 +235,11 @@ def resumed_config(cfg: Config, argv: list[str]) -> Config:
         raise ValueError(f"--resume {cfg.resume}: not the folder of a run (it has no train.json)")
     stored = read_json(Path(cfg.resume) / "train.json")
     kinds = {f.name: (int, float) if type(f.default) is float else (type(f.default),) for f in fields(Config)}
-    fits = isinstance(stored, dict) and set(stored) == set(kinds) and all(type(stored[name]) in kinds[name] for name in kinds)
+    fits = (
+        isinstance(stored, dict)
+        and set(stored) == set(kinds)
+        and all(type(stored[name]) in kinds[name] for name in kinds)
+    )
     if not fits:
         raise ValueError(f"{cfg.resume}/train.json does not fit this version of train.py; start a new run")
     given = {word.split("=")[0].removeprefix("--").removeprefix("no_") for word in argv if word.startswith("--")}
@@ -337,12 +381,16 @@ def cache_features(model: MBLIP, batches: Batches, device) -> torch.Tensor:
     Pictures outside the training split stay zero; nothing asks for them.
     """
     cells, seed, vit = batches.mixture.cells, batches.mixture.seed, model.cfg.vit
-    task = "caption" if batches.mixture.tasks == ["caption"] else "several"  # one view serves all tasks: mirror for captions only
+    task = (
+        "caption" if batches.mixture.tasks == ["caption"] else "several"
+    )  # one view serves all tasks: mirror for captions only
     cache = torch.zeros(len(batches.mixture.emoji.cells), batches.views, vit.tokens, vit.width)
     jobs = [(p, v) for p in cells for v in range(batches.views)]
     for i in tqdm(range(0, len(jobs), 256), desc="frozen ViT", leave=False):
         part = jobs[i : i + 256]
-        image = torch.stack([batches.augmented(p, random.Random(f"{seed}/cached/{p}/{v}"), task) for p, v in part])[:, None]
+        image = torch.stack([batches.augmented(p, random.Random(f"{seed}/cached/{p}/{v}"), task) for p, v in part])[
+            :, None
+        ]
         features = model.image_features(image.to(device))[:, 0].cpu()
         for (p, v), row in zip(part, features):
             cache[p, v] = row
@@ -380,7 +428,9 @@ def main(argv: list[str]) -> int:
     # Model: from random weights or from a folder, its language model in int8 and with LoRA if wanted, then what is frozen.
     train = cfg.train if cfg.train != "auto" else "everything" if cfg.init == "random" else "all"
     if cfg.lora != "none" and train != "all":
-        raise ValueError(f"--lora {cfg.lora} goes with --train all, where it is trained with the rest; here --train is {train}")
+        raise ValueError(
+            f"--lora {cfg.lora} goes with --train all, where it is trained with the rest; here --train is {train}"
+        )
     for flag_name, is_rounded in (("int8", cfg.int8), ("vision_dtype", cfg.vision_dtype != "fp32")):
         if is_rounded and train == "everything":
             raise ValueError(f"--{flag_name} is for a frozen part; --train everything trains it")
@@ -391,7 +441,10 @@ def main(argv: list[str]) -> int:
         model = MBLIP(PRESETS["nano"])
         model.init_weights()
     elif cfg.init == "blip2":
-        vision, llm = base_folder(cfg.vision, skip="language_"), cfg.llm if cfg.llm == "random" else base_folder(cfg.llm)
+        vision, llm = (
+            base_folder(cfg.vision, skip="language_"),
+            cfg.llm if cfg.llm == "random" else base_folder(cfg.llm),
+        )
         if rounded or cfg.lora != "none":
             refuse_int8(vision, llm)
         model = build_mblip(vision, llm, cfg.vision_dtype, llm_dtype)
@@ -407,29 +460,45 @@ def main(argv: list[str]) -> int:
         layer.threshold = cfg.int8_threshold
     if cfg.lora != "none":
         add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
-    measurable = not cfg.mixture or image.size == emoji.pictures.shape[1]  # else the model is for other pictures than the embedded ones
+    measurable = (
+        not cfg.mixture or image.size == emoji.pictures.shape[1]
+    )  # else the model is for other pictures than the embedded ones
     mark_trainable(model, TRAINED[train])
     model.to(device)
-    originals = (vision, llm) if cfg.init == "blip2" and llm != "random" else source  # what is held rounded is written as it was before
+    originals = (
+        (vision, llm) if cfg.init == "blip2" and llm != "random" else source
+    )  # what is held rounded is written as it was before
     trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("mt5.")]
     has_bases = isinstance(originals, tuple) and train != "everything"
-    parts_only = cfg.save == "trained" or (cfg.save == "auto" and has_bases and parameter_count(tensors_of(model)) > LARGE)
+    parts_only = cfg.save == "trained" or (
+        cfg.save == "auto" and has_bases and parameter_count(tensors_of(model)) > LARGE
+    )
     if parts_only and not has_bases:
-        raise ValueError("--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole")
+        raise ValueError(
+            "--save trained: goes with --init blip2, two folders as bases, and both frozen; give --save whole"
+        )
     vit_is_frozen = not model.vit.patch_embed.weight.requires_grad
-    batches = Batches(mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop, redraw=cfg.redraw)
+    batches = Batches(
+        mixture, tokenizer, image, cfg.batch, views=cfg.views if vit_is_frozen else 0, crop=cfg.crop, redraw=cfg.redraw
+    )
     data = (f"{len(mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, "
             f"{sum(map(len, mixture.usable.values())):,} names")  # fmt: skip
     if cfg.mixture:
-        mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False))
-        batches = JsonBatches(mixture, tokenizer, image, cfg.batch, cfg.image_root, folder / "unusable_pictures.tsv", crop=cfg.crop)
+        mixture = JsonMixture(
+            parse_mixture(cfg.mixture), cfg.seed, tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False)
+        )
+        batches = JsonBatches(
+            mixture, tokenizer, image, cfg.batch, cfg.image_root, folder / "unusable_pictures.tsv", crop=cfg.crop
+        )
         data = f"{len(mixture):,} examples of {cfg.mixture}"
     if cfg.checkpointing:
         add_checkpointing(model)
     bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16(device) and not cfg.int8)
 
     # Optimizers, and where to go on.
-    kind = cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"
+    kind = (
+        cfg.optimizer if cfg.optimizer != "auto" else "muon" if parameter_count(tensors_of(model)) < LARGE else "adamw"
+    )
     optimizers = build_optimizers(model, kind, cfg)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -464,17 +533,24 @@ def main(argv: list[str]) -> int:
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
-    print(f"data    {data}; " + (f"{cfg.budget} of training" if cfg.budget else f"{cfg.steps * cfg.accumulate * cfg.batch:,} examples to see"))
+    print(
+        f"data    {data}; "
+        + (f"{cfg.budget} of training" if cfg.budget else f"{cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
+    )
     print(parts_table(model, optimizers), flush=True)
 
     size = len(emoji.cells) * batches.views * model.cfg.vit.tokens * model.cfg.vit.width * 4
     if size > LARGEST_CACHE:
-        raise ValueError(f"--views {cfg.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0, which runs it at every step")
+        raise ValueError(
+            f"--views {cfg.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0, which runs it at every step"
+        )
     features = cache_features(model, batches, device) if batches.views else None
     loss_log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "lr"), step)
     validation_log = Log(folder / "validation.csv", ("step", "english_exact", "other_exact", "other_in_language"), step)
     micro = range(step * cfg.accumulate, 2**62 if cfg.budget else cfg.steps * cfg.accumulate)
-    loader = iter(DataLoader(batches, batch_size=None, sampler=micro, num_workers=cfg.workers, worker_init_fn=ignore_interrupt))
+    loader = iter(
+        DataLoader(batches, batch_size=None, sampler=micro, num_workers=cfg.workers, worker_init_fn=ignore_interrupt)
+    )
     interrupt = Interrupt()
     bar = tqdm(total=None if cfg.budget else cfg.steps, initial=step, unit="step", desc="train", smoothing=0.05)
     last_save, average = time.time(), loss_log.recent_mean(1)
@@ -487,7 +563,9 @@ def main(argv: list[str]) -> int:
         imitating = cfg.imitate if cfg.budget else round(cfg.imitate * cfg.steps) / cfg.steps
     if imitating:
         english = [emoji.names["en"][concept] for concept in emoji.concepts]
-        names = model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()  # (C, Q, D)
+        names = (
+            model.mt5.embed_pieces(name_places(tokenizer, english, model.cfg.queries).to(device)).detach().float()
+        )  # (C, Q, D)
         index = {concept: i for i, concept in enumerate(emoji.concepts)}
         shown = torch.tensor([index[concept] for concept, _ in emoji.cells], device=device)  # (P,)
     aligning = step < cfg.align and cfg.init == "blip2" and train != "projection" and not imitating
@@ -510,7 +588,9 @@ def main(argv: list[str]) -> int:
             with attend_path("written" if bf16 else "fast"):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     if features is not None:
-                        seen = features[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(device)  # (B, 1, N, Dv)
+                        seen = features[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(
+                            device
+                        )  # (B, 1, N, Dv)
                         if noise is not None:
                             seen = seen + noise * torch.randn_like(seen) * torch.rand(len(seen), 1, 1, 1, device=device)
                     else:
@@ -526,7 +606,9 @@ def main(argv: list[str]) -> int:
                         loss = told + cfg.imitate_weight * imitation
                 (loss / cfg.accumulate).backward()
             total_loss += told.item() / cfg.accumulate  # of one kind at a time, so that runs can be compared
-        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"] if p.grad is not None], cfg.clip)
+        norm = nn.utils.clip_grad_norm_(
+            [p for group in groups for p in group["params"] if p.grad is not None], cfg.clip
+        )
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             raise ValueError(f"loss {total_loss}, gradient norm {norm:g} at step {step}: stopped before the update; lower "
                              f"--lr and --resume {folder}, or look at the pictures {batch['picture'].tolist()[:8]} ...")  # fmt: skip
@@ -539,7 +621,10 @@ def main(argv: list[str]) -> int:
         loss_log.add(step, f"{total_loss:.6f}", f"{norm:.6f}", f"{cfg.lr * rate:.6g}")
         average = total_loss if average is None else 0.98 * average + 0.02 * total_loss
         bar.update(1)
-        bar.set_postfix_str(f"loss {average:.3f}" + f", {100 * cfg.done(step, seconds):.0f} % of {cfg.budget}" * bool(cfg.budget), refresh=False)
+        bar.set_postfix_str(
+            f"loss {average:.3f}" + f", {100 * cfg.done(step, seconds):.0f} % of {cfg.budget}" * bool(cfg.budget),
+            refresh=False,
+        )
         if cfg.eval_every and measurable and step % cfg.eval_every == 0 and cfg.done(step, seconds) < 1:
             results, _ = evaluate(model, tokenizer, image, emoji, mix, language_id, 5, ("validation",))
             english, other = summary(results["validation"])
@@ -567,7 +652,9 @@ def main(argv: list[str]) -> int:
     if cfg.mixture and (problems := unusable_pictures(batches.report)):
         print(f"\n{problems}", file=sys.stderr)
     if results:
-        print(f"\nexact match in percent, captions of five beams (record.json has every language)\n{table(results, held_out)}\n")
+        print(
+            f"\nexact match in percent, captions of five beams (record.json has every language)\n{table(results, held_out)}\n"
+        )
         print("held-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
@@ -584,9 +671,13 @@ def main(argv: list[str]) -> int:
     if cfg.merge:
         save_merged(model, folder / "merged", len(tokenizer), originals, spoken)
         save_processor(folder / "merged", folder, model.cfg.queries)
-    beside = f" --adapter {folder}/adapter" + " --llm_dtype int8" * cfg.int8 if parts_only and cfg.lora != "none" else ""
-    print(f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
-          f"  python sample.py --model {folder}{beside} --image data/cat.png --lang sw")
+    beside = (
+        f" --adapter {folder}/adapter" + " --llm_dtype int8" * cfg.int8 if parts_only and cfg.lora != "none" else ""
+    )
+    print(
+        f"\n{seconds:.0f} s of training; everything is in {folder}; next:\n"
+        f"  python sample.py --model {folder}{beside} --image data/cat.png --lang sw"
+    )
     return 0
 
 

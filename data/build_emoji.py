@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanomblip.emoji import CATEGORIES, CELL, COLUMNS, TEST_ARTISTS, TRAIN_ARTISTS, picture_split  # noqa: E402
+from nanomblip.data.emoji import CATEGORIES, CELL, COLUMNS, TEST_ARTISTS, TRAIN_ARTISTS, picture_split  # noqa: E402
 
 # package, version, licence of what is taken from it
 NPM = (

@@ -9,7 +9,6 @@ NFKC would rewrite, for example, the zero-width non-joiner in Persian names.
 """
 
 import io
-import lzma
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,9 +18,9 @@ import sentencepiece
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanomblip.emoji import load_emoji, load_udhr  # noqa: E402
-from nanomblip.languages import LANGUAGES  # noqa: E402
-from nanomblip.prompts import CAPTION, KEYWORDS, MATCH, NAMING, VQA  # noqa: E402
+from nanomblip.data.emoji import load_emoji, load_udhr  # noqa: E402
+from nanomblip.data.languages import LANGUAGES  # noqa: E402
+from nanomblip.data.prompts import CAPTION, KEYWORDS, MATCH, NAMING, VQA  # noqa: E402
 
 PIECES = 8000
 NAME_WEIGHT = 4  # names are what nano is asked for; keywords and running text only help the pieces along

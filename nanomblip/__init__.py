@@ -11,6 +11,6 @@ The letters used in every shape comment of this package:
 Masks are boolean and True means "attend".
 """
 
-from nanomblip.mblip import MBLIP, MBLIPConfig, PRESETS
+from nanomblip.model.mblip import MBLIP, PRESETS, MBLIPConfig
 
 __all__ = ["MBLIP", "MBLIPConfig", "PRESETS"]

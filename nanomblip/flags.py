@@ -41,14 +41,18 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_flags(cls, argv: list[str], description: str):
     """Build the dataclass `cls` from command-line words; exits with status 2 and one line on anything wrong."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for f in fields(cls):
         kind = f.type if isinstance(f.type, type) else type(f.default)
         options = dict(default=f.default, help=f.metadata["help"])
         if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = _Switch
         else:
-            options |= dict(type=str if f.default is None or f.metadata["many"] else kind, choices=f.metadata["choices"])
+            options |= dict(
+                type=str if f.default is None or f.metadata["many"] else kind, choices=f.metadata["choices"]
+            )
             options |= dict(metavar=f.name.upper()) if f.metadata["choices"] is None else {}
             options |= dict(nargs="+") if f.metadata["many"] else {}
         assert f.default is not MISSING, f"{f.name} needs a default"

@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn as nn
 
-from nanomblip import int8
 from nanomblip.flags import flag, parse_flags, run_main
-from nanomblip.generate import Decoding, beam_search, write_one_each
-from nanomblip.int8 import Int8Linear
-from nanomblip.layout import mt5_config_to_hf
-from nanomblip.lora import add_lora
-from nanomblip.mt5 import MT5, MT5Config
+from nanomblip.model import int8
+from nanomblip.model import int8_kernels as kernels
+from nanomblip.model.generate import Decoding, beam_search, write_one_each
+from nanomblip.model.int8 import Int8Linear
+from nanomblip.model.lora import add_lora
+from nanomblip.model.mt5 import MT5, MT5Config
+from nanomblip.weights.layout import mt5_config_to_hf
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def seconds(work, rounds: int) -> float:
 
 
 def bench_layers(cfg: Config) -> None:
-    print(f"{torch.get_num_threads()} threads; int_mm {int8.has_int_mm()}, FBGEMM halves {int8.fbgemm_halves()}, bf16 {int8.has_bf16()}")
+    print(f"{torch.get_num_threads()} threads; int_mm {kernels.has_int_mm()}, FBGEMM halves {kernels.fbgemm_halves()}, bf16 {kernels.has_bf16()}")
     print("milliseconds; plain: as the codes are, packed: in FBGEMM's order (with 6 columns of outliers in brackets), back: gradient of the input")
     for shape in cfg.shapes.split(","):
         width, out = map(int, shape.split("x"))
@@ -78,7 +79,7 @@ def bench_layers(cfg: Config) -> None:
             with torch.no_grad():
                 t = [each(lambda i: linears[i](x)), each(lambda i: plain[i].product(x, often=False)), each(lambda i: packed[i](x)),
                      each(lambda i: plain[i].product(y, often=False)), each(lambda i: packed[i](y)), each(lambda i: g @ linears[i].weight),
-                     each(lambda i: int8.input_gradient(g, plain[i].weight, plain[i].SCB))]  # fmt: skip
+                     each(lambda i: kernels.input_gradient(g, plain[i].weight, plain[i].SCB))]  # fmt: skip
             print(f"{rows:>5}{t[0]:>9.2f}{t[1]:>9.2f}{t[2]:>9.2f}{f'({t[3]:.2f} {t[4]:.2f})':>20}{t[5]:>12.2f}{t[6]:>9.2f}", flush=True)
     bench_errors()
 

@@ -27,12 +27,15 @@ import torch
 from make_checkpoint import cut_layers, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from nanomblip.data.image import ImageConfig, image_to_tensor, load_image
+from nanomblip.data.processor import save_processor
+from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
-from nanomblip.generate import Decoding, generate
-from nanomblip.image import ImageConfig, image_to_tensor, load_image
-from nanomblip.mblip import PRESETS
-from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import load_mblip, read_json, save_mblip, save_processor
+from nanomblip.model.generate import Decoding, generate
+from nanomblip.model.mblip import PRESETS
+from nanomblip.weights.files import read_json
+from nanomblip.weights.load import load_mblip
+from nanomblip.weights.save import save_mblip
 
 LABELS = torch.tensor([[700, 4_000, 7_999, 250_000, 1]])
 

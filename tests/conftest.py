@@ -8,11 +8,11 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import pytest
 import torch
 
-from nanomblip.mblip import MBLIP, MBLIPConfig
-from nanomblip.mt5 import MT5Config
-from nanomblip.qformer import QFormerConfig
-from nanomblip.vit import ViTConfig
-from nanomblip.weights import save_mblip
+from nanomblip.model.mblip import MBLIP, MBLIPConfig
+from nanomblip.model.mt5 import MT5Config
+from nanomblip.model.qformer import QFormerConfig
+from nanomblip.model.vit import ViTConfig
+from nanomblip.weights.save import save_mblip
 
 torch.set_num_threads(1)  # the models here are tiny: threads would only wait for each other
 

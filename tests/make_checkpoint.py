@@ -14,13 +14,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanomblip.emoji import ROOT as DATA
+from nanomblip.data.emoji import ROOT as DATA
+from nanomblip.data.image import ImageConfig
+from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
-from nanomblip.image import ImageConfig
-from nanomblip.layout import EMBED_ALIASES, config_to_hf, mt5_config_to_hf, mt5_names, official_names
-from nanomblip.mblip import MBLIP, PRESETS, MBLIPConfig
-from nanomblip.tokenizer import Tokenizer
-from nanomblip.weights import BLOCK, write_json, write_shards
+from nanomblip.model.mblip import MBLIP, PRESETS, MBLIPConfig
+from nanomblip.weights.files import BLOCK, write_json
+from nanomblip.weights.layout import EMBED_ALIASES, config_to_hf, mt5_config_to_hf, mt5_names, official_names
+from nanomblip.weights.save import write_shards
 
 
 @dataclass(frozen=True)

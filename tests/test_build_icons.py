@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT / "weights"), str(ROOT / "data")]
 import build_icons  # noqa: E402
 from build_emoji import IconSet  # noqa: E402
 
-from nanomblip.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, picture_split  # noqa: E402
+from nanomblip.data.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, picture_split  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomblip.emoji import load_emoji
+from nanomblip.data.emoji import load_emoji
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("diagnose", ROOT / "weights" / "diagnose.py")

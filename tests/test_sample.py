@@ -15,11 +15,12 @@ from make_checkpoint import write_checkpoint
 from PIL import Image
 
 import sample
-from nanomblip.emoji import ROOT as DATA
-from nanomblip.fidelity import script_share
-from nanomblip.image import ImageConfig
-from nanomblip.mblip import MBLIP, PRESETS
-from nanomblip.weights import save_mblip, write_json
+from nanomblip.data.emoji import ROOT as DATA
+from nanomblip.data.image import ImageConfig
+from nanomblip.measure.fidelity import script_share
+from nanomblip.model.mblip import MBLIP, PRESETS
+from nanomblip.weights.files import write_json
+from nanomblip.weights.save import save_mblip
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = PRESETS["nano"]
@@ -306,8 +307,9 @@ def test_a_merged_folder_is_the_same_model_in_transformers(capsys, official, tmp
     """LoRA on the language model, held in floats or in int8: transformers opens the folder with its processor and computes our logits."""
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-    from nanomblip.lora import add_lora, lora_layers
-    from nanomblip.weights import load_mblip, save_adapter
+    from nanomblip.model.lora import add_lora, lora_layers
+    from nanomblip.weights.adapter import save_adapter
+    from nanomblip.weights.load import load_mblip
 
     model = load_mblip(official)
     add_lora(model.mt5, "all", r=4)
@@ -338,7 +340,7 @@ def test_a_merged_folder_is_the_same_model_in_transformers(capsys, official, tmp
 
 
 def model_inputs(folder, question):
-    from nanomblip.tokenizer import Tokenizer
+    from nanomblip.data.tokenizer import Tokenizer
 
     return torch.tensor([Tokenizer(folder / "spiece.model").encode(question)])
 

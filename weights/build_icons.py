@@ -12,7 +12,6 @@ It needs the `npm` and `pip` clients, and takes about five minutes; the packages
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -25,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from build_emoji import RESVG, IconSet, fit, render_svg, squash  # noqa: E402
 
-from nanomblip.emoji import CELL, Emoji, load_emoji, picture_split, unit_hash  # noqa: E402
+from nanomblip.data.emoji import CELL, Emoji, load_emoji, picture_split, unit_hash  # noqa: E402
 
 # Words that say how something is drawn, not what.
 STYLE = set(

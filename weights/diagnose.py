@@ -24,17 +24,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanomblip.emoji import Emoji, load_emoji, pair_split, unit_hash  # noqa: E402
-from nanomblip.evaluate import LanguageID, answer, questions, score  # noqa: E402
+from nanomblip.data.emoji import Emoji, load_emoji, pair_split, unit_hash  # noqa: E402
+from nanomblip.data.image import ImageConfig, image_to_tensor  # noqa: E402
+from nanomblip.data.languages import LANGUAGES  # noqa: E402
+from nanomblip.data.prompts import EVAL_PROMPT  # noqa: E402
+from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
-from nanomblip.generate import DECODING  # noqa: E402
-from nanomblip.image import ImageConfig, image_to_tensor  # noqa: E402
-from nanomblip.imitate import name_places, name_scores  # noqa: E402
-from nanomblip.languages import LANGUAGES  # noqa: E402
-from nanomblip.mblip import MBLIP  # noqa: E402
-from nanomblip.prompts import EVAL_PROMPT  # noqa: E402
-from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
-from nanomblip.weights import load_mblip, read_json, write_json  # noqa: E402
+from nanomblip.measure.emoji_splits import answer, questions, score  # noqa: E402
+from nanomblip.measure.fidelity import LanguageID  # noqa: E402
+from nanomblip.model.generate import DECODING  # noqa: E402
+from nanomblip.model.mblip import MBLIP  # noqa: E402
+from nanomblip.training.warmup import name_places, name_scores  # noqa: E402
+from nanomblip.weights.files import read_json, write_json  # noqa: E402
+from nanomblip.weights.load import load_mblip  # noqa: E402
 
 SPLITS = ("pictures", "openmoji", "streamline")  # as `evaluate.questions` has them
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input times the number of pictures

@@ -31,24 +31,28 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanomblip.attention import attend_path  # noqa: E402
-from nanomblip.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
-from nanomblip.evaluate import LanguageID, answer, mean, normal, questions, score  # noqa: E402
+from nanomblip.data.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
+from nanomblip.data.image import ImageConfig, redraw  # noqa: E402
+from nanomblip.data.languages import LANGUAGES  # noqa: E402
+from nanomblip.data.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
+from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
-from nanomblip.generate import Decoding, write_one_each  # noqa: E402
-from nanomblip.image import ImageConfig, redraw  # noqa: E402
-from nanomblip.imitate import imitation_loss, name_places, name_scores  # noqa: E402
-from nanomblip.int8 import has_bf16  # noqa: E402
-from nanomblip.languages import LANGUAGES  # noqa: E402
-from nanomblip.mblip import MBLIP, PRESETS  # noqa: E402
-from nanomblip.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
-from nanomblip.mt5 import MT5, MT5Attention  # noqa: E402
-from nanomblip.muon import Muon  # noqa: E402
-from nanomblip.qformer import QFormerAttention  # noqa: E402
-from nanomblip.runs import Interrupt, Log, RunLock, State, keep_memory, remove_leftovers  # noqa: E402
-from nanomblip.tokenizer import Tokenizer, pad_rows  # noqa: E402
-from nanomblip.vit import ViTAttention  # noqa: E402
-from nanomblip.weights import load_mblip, load_mt5, read_json, save_mblip, save_mt5, save_trained, write_json  # noqa: E402
+from nanomblip.measure.emoji_splits import answer, mean, questions, score  # noqa: E402
+from nanomblip.measure.fidelity import LanguageID  # noqa: E402
+from nanomblip.measure.metrics import normal  # noqa: E402
+from nanomblip.model.attention import attend_path  # noqa: E402
+from nanomblip.model.generate import Decoding, write_one_each  # noqa: E402
+from nanomblip.model.int8_kernels import has_bf16  # noqa: E402
+from nanomblip.model.mblip import MBLIP, PRESETS  # noqa: E402
+from nanomblip.model.mt5 import MT5, MT5Attention  # noqa: E402
+from nanomblip.model.qformer import QFormerAttention  # noqa: E402
+from nanomblip.model.vit import ViTAttention  # noqa: E402
+from nanomblip.training.optimizers import Muon  # noqa: E402
+from nanomblip.training.state import Interrupt, Log, State, keep_memory, remove_leftovers  # noqa: E402
+from nanomblip.training.warmup import imitation_loss, name_places, name_scores  # noqa: E402
+from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
+from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402
+from nanomblip.weights.save import save_mblip, save_mt5, save_trained  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""The paper's own data: JSON files of millions of examples, read at random without loading them.
+
+A mixture in the released format (Gregor/mblip-train) is one JSON array of objects {context, label, image_id}: a whole prompt,
+the text to write, and the file name of a picture. Five million of them are a gigabyte, and more than ten once they are
+Python objects, in every loader worker again. So the file is read once from front to back (`build_index`), each object is checked,
+and the place where it starts goes to a sidecar, `FILE.index`, as 8 bytes. From then on example n is one read of a few
+hundred bytes, and opening takes the same time however long the file is.
+
+    FILE.index = 4096 bytes (JSON: size, time and hash of head and tail of FILE, number of examples) + uint64 (count + 1,) offsets
+
+The sidecar is made again when FILE changes.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from nanomblip.weights.files import write_atomic
+
+CHUNK = 1 << 20  # characters or bytes read at a time
+LONGEST = 1 << 20  # characters of one example; more is damage, not an example
+HEAD = 4096  # bytes of the sidecar before the offsets
+FIELDS = ("context", "label", "image_id")
+
+
+class MixtureError(ValueError):
+    """A mixture file that cannot be used; the message names the file and the byte."""
+
+
+def fingerprint(path: Path) -> dict:
+    """What changes when a file does: size, time, and the sha256 of its first and last megabyte."""
+    info = os.stat(path)
+    with open(path, "rb") as file:
+        head = file.read(1 << 20)
+        file.seek(max(0, info.st_size - (1 << 20)))
+        tail = file.read()
+    return dict(
+        size=info.st_size,
+        mtime_ns=info.st_mtime_ns,
+        head=hashlib.sha256(head).hexdigest(),
+        tail=hashlib.sha256(tail).hexdigest(),
+    )
+
+
+def check_example(row) -> str | None:
+    """What is wrong with a parsed example, None if nothing."""
+    if not isinstance(row, dict):
+        return "not an object {...}"
+    for name in FIELDS:
+        if not isinstance(row.get(name), str):
+            return f"{name!r} is {'missing' if name not in row else 'not a text'}"
+        try:
+            row[name].encode()
+        except UnicodeEncodeError:  # "\ud800" is allowed by JSON and cannot be written anywhere
+            return f"{name!r} holds half a surrogate pair"
+    return None
+
+
+def scan(path: Path):
+    """Yield the byte at which each example of a JSON array starts, then the byte of its "]". Every example is checked on the way.
+
+    Memory: a few CHUNKs. Raises MixtureError naming the file and the byte for anything but a whole array of good examples.
+    """
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+    with open(path, "rb") as file:
+        place = 3 if file.read(3) == codecs.BOM_UTF8 else 0  # the byte of the file at which text[at] stands
+        file.seek(place)
+        text, at, ended, utf8 = "", 0, False, codecs.getincrementaldecoder("utf-8")()
+
+        def fail(problem: str, position: int | None = None):
+            there = place + len(text[at : at if position is None else position].encode())
+            raise MixtureError(f"{path}: byte {there:,}: {problem}; mend it or fetch it again")
+
+        def more():
+            """Forget what was dealt with, and read on."""
+            nonlocal text, at, ended
+            data = file.read(CHUNK)
+            pending = utf8.getstate()[0]  # the beginning of a character that the last chunk cut
+            try:
+                text, at, ended = text[at:] + utf8.decode(data, final=not data), 0, not data
+            except UnicodeDecodeError as error:
+                there = file.tell() - len(data) - len(pending) + error.start
+                raise MixtureError(f"{path}: byte {there:,}: not UTF-8; mend it or fetch it again") from None
+
+        def go(end: int):
+            nonlocal at, place
+            place, at = place + len(text[at:end].encode()), end
+
+        def next_char() -> str:
+            """Skip blanks; the character that follows, "" at the end of the file."""
+            while True:
+                go(blank.match(text, at).end())
+                if at < len(text) or ended:
+                    return text[at : at + 1]
+                more()
+
+        if next_char() != "[":
+            fail("the file does not begin with [, so it is not a JSON array of examples")
+        go(at + 1)
+        if next_char() != "]":
+            while True:
+                while True:
+                    try:
+                        row, end = decode(text, at)
+                        break
+                    except (ValueError, RecursionError) as error:
+                        if ended or len(text) - at > LONGEST:  # else it may only be cut by the end of what was read
+                            problem, there = getattr(error, "msg", type(error).__name__), getattr(error, "pos", at)
+                            if ended and (there >= len(text.rstrip()) or problem.startswith("Unterminated")):
+                                fail("the file ends in the middle of the array", len(text))
+                            fail(f"not JSON ({problem})", there)
+                    more()
+                problem = check_example(row)
+                if problem:
+                    fail(f"example: {problem}")
+                yield place
+                go(end)
+                c = next_char()
+                if c == "]":
+                    break
+                if c != ",":
+                    fail("expected , or ] after an example" if c else "the file ends in the middle of the array")
+                go(at + 1)
+                next_char()
+        yield place
+        go(at + 1)
+        if next_char():
+            fail("something follows the array")
+
+
+def build_index(path: Path, progress=None) -> Path:
+    """Write the sidecar of a mixture file and return its path. Raises MixtureError for a damaged file."""
+    path = Path(path)
+    sidecar = path.with_name(path.name + ".index")
+    before = fingerprint(path)
+
+    def write(temporary):
+        count = -1  # the last place is the end of the array
+        with open(temporary, "wb") as file:
+            file.seek(HEAD)
+            for block in batched(scan(path), 1 << 14):
+                np.array(block, "<u8").tofile(file)
+                count += len(block)
+                if progress is not None:
+                    progress.update(block[-1] - progress.n)
+            if fingerprint(path) != before:
+                raise MixtureError(f"{path} changed while it was indexed; start again when it is complete")
+            file.seek(0)
+            file.write(json.dumps(dict(before, format=1, count=count)).encode().ljust(HEAD))
+
+    try:
+        write_atomic(sidecar, write)
+    except OSError as error:
+        advice = f"make a link to {path.name} in a folder of your own and give that"
+        raise MixtureError(f"{sidecar} cannot be written ({error.strerror}); {advice}") from None
+    return sidecar
+
+
+def batched(values, size: int):
+    """Lists of up to `size` values. (itertools.batched is of Python 3.12.)"""
+    values = iter(values)
+    while block := list(islice(values, size)):
+        yield block
+
+
+class JsonExamples:
+    """The examples of one mixture file by number: `examples[n]` -> (context, label, image_id).
+
+    The index is built at first use or when the file has changed. Only the offsets are memory-mapped; each example is read from
+    the file and parsed when it is asked for. Usable from several processes. Raises MixtureError naming file and byte.
+    """
+
+    def __init__(self, path: Path | str, progress=None):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MixtureError(f"--mixture {path}: no such file")
+        self.file = None
+        self.identity = fingerprint(self.path)
+        sidecar = self.path.with_name(self.path.name + ".index")
+        header = self._header(sidecar)
+        if header is None:
+            build_index(self.path, progress)
+            header = self._header(sidecar)
+            assert header is not None, f"{sidecar} was written a moment ago"
+        self.count = header["count"]
+        self.offsets = np.memmap(sidecar, "<u8", "r", HEAD, (self.count + 1,))
+
+    def _header(self, sidecar: Path) -> dict | None:
+        """The header of a sidecar that fits the file as it is now, else None."""
+        try:
+            with open(sidecar, "rb") as file:
+                header = json.loads(file.read(HEAD))
+            whole = os.stat(sidecar).st_size == HEAD + 8 * (header["count"] + 1)
+            return header if whole and header == dict(self.identity, format=1, count=header["count"]) else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, n: int) -> tuple[str, str, str]:
+        start, end = (int(place) for place in self.offsets[n : n + 2])
+        if self.file is None or self.file[0] != os.getpid():  # a file position must not be shared between processes
+            self.file = os.getpid(), open(self.path, "rb", buffering=0)
+        file = self.file[1]
+        file.seek(start)
+        data = file.read(end - start)
+        try:
+            row = json.loads(data.decode().rstrip().rstrip(",]"))
+            problem = check_example(row)
+        except (ValueError, RecursionError) as error:
+            problem = f"not JSON ({error})"
+        if problem:
+            raise MixtureError(
+                f"{self.path}: example {n:,}, byte {start:,}: {problem}; the file changed after it was indexed"
+            )
+        return tuple(row[name] for name in FIELDS)
+
+    def __getstate__(self):  # to a loader worker that is not a fork
+        return {**self.__dict__, "file": None}

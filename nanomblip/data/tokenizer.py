@@ -1,0 +1,138 @@
+"""Text to piece ids and back: a thin wrapper around SentencePiece (Kudo & Richardson 2018), ids as in mT5.
+
+pad = 0, eos = 1, unk = 2; there is no bos. Every encoded text ends with eos, and truncation never cuts it off.
+"""
+
+import base64
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+
+class Tokenizer:
+    """The pieces of one `spiece.model` file.
+
+    `len(tokenizer)` is the number of pieces; a model's embedding may have a few rows more, which never come out of
+    a text and cannot be decoded. Raises FileNotFoundError or ValueError naming the file when it cannot be read.
+    """
+
+    pad, eos, unk = 0, 1, 2
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such tokenizer file; it belongs beside the model's config.json")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            ids = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        except (RuntimeError, UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"{path}: damaged, or not a SentencePiece model ({str(error).strip()})") from None
+        if ids != (self.pad, self.eos, self.unk):
+            raise ValueError(f"{path}: pad, eos, unk have ids {ids}, mT5's are (0, 1, 2)")
+
+    def __len__(self) -> int:
+        return self.pieces.get_piece_size()
+
+    def encode(self, text: str, max_length: int = 128) -> list[int]:
+        """Piece ids of a text, eos last; at most `max_length` of them (the paper's 128 in training)."""
+        # A byte of the command line that is not UTF-8 arrives as a lone surrogate, which SentencePiece cannot take.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return self.pieces.encode(text)[: max_length - 1] + [self.eos]
+
+    def decode(self, ids) -> str:
+        """The text of piece ids, up to the first eos; pad and rows beyond the tokenizer are left out."""
+        kept = []
+        for i in ids:
+            if i == self.eos:
+                break
+            if i != self.pad and i < len(self):
+                kept.append(int(i))
+        return self.pieces.decode(kept)
+
+    def batch(self, texts: list[str], max_length: int = 128):
+        """Several prompts as one padded tensor: long (B, S), right-padded with pad."""
+        return pad_rows([self.encode(text, max_length) for text in texts], self.pad)
+
+
+def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Rows of ids of different lengths as one long tensor (B, longest), filled up on the right with `value`."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out
+
+
+def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
+    """The same tokenizer as transformers reads it, without protobuf: contents of tokenizer.json and tokenizer_config.json.
+
+    image_token: id of the piece "<image>" that transformers puts in place of the picture's vectors, see `layout.config_to_hf`.
+    """
+    pieces, n = tokenizer.pieces, len(tokenizer)
+    special = [
+        (0, pieces.id_to_piece(0)),
+        (1, pieces.id_to_piece(1)),
+        (2, pieces.id_to_piece(2)),
+        (image_token, "<image>"),
+    ]
+    added = [
+        dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        for i, text in special
+    ]
+    charsmap, squeeze = _normalizer(tokenizer.path.read_bytes())
+    normalizers = (
+        [dict(type="Precompiled", precompiled_charsmap=base64.b64encode(charsmap).decode())] if charsmap else []
+    )
+    if squeeze:
+        normalizers += [
+            dict(type="Strip", strip_left=True, strip_right=True),
+            dict(type="Replace", pattern=dict(Regex=" {2,}"), content=" "),
+        ]
+    space = dict(type="Metaspace", replacement="▁", prepend_scheme="always", split=True)
+    eos = dict(SpecialToken=dict(id=pieces.id_to_piece(1), type_id=0))
+    sequence = lambda which, type_id: dict(Sequence=dict(id=which, type_id=type_id))
+    model = dict(type="Unigram", unk_id=2, byte_fallback=any(pieces.is_byte(i) for i in range(min(n, 1000))),
+                 vocab=[[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(n)])  # fmt: skip
+    decoder = dict(type="Sequence", decoders=[dict(type="ByteFallback"), space]) if model["byte_fallback"] else space
+    return {
+        "tokenizer.json": dict(
+            version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder, model=model,
+            normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
+            post_processor=dict(type="TemplateProcessing", single=[sequence("A", 0), eos], pair=[sequence("A", 0), eos, sequence("B", 0), eos],
+                                special_tokens={special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])})),
+        "tokenizer_config.json": dict(
+            tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1], eos_token=special[1][1],
+            unk_token=special[2][1], clean_up_tokenization_spaces=False),
+    }  # fmt: skip
+
+
+def _normalizer(model: bytes) -> tuple[bytes, bool]:
+    """What a SentencePiece model does to a text first: its table of characters (field 2 of its field 3) and whether spaces are squeezed
+    (field 4 there, by default true). The file is a protobuf message: a list of numbered fields, numbers in 7 bits a byte."""
+    spec = dict(_fields(dict(_fields(model)).get(3, b"")))
+    return spec.get(2, b""), bool(spec.get(4, 1))
+
+
+def _fields(message: bytes):
+    """Number and value of each field of a protobuf message: int, or bytes."""
+    at = 0
+
+    def number():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = number()
+        if key & 7 == 0:
+            yield key >> 3, number()
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or number()
+        yield key >> 3, message[at : at + size]
+        at += size

@@ -1,0 +1,187 @@
+"""Stopping and going on: the state of a run on disk, its logs, and what Ctrl-C does.
+
+A run can end at any moment (Ctrl-C, SIGTERM, kill -9, a full disk, a power cut) and goes on from its last saved state to
+the same final bits as if nothing had happened. Three things make that possible: every random choice is a function of
+(seed, step), so no generator's state need be kept; the file is written under another name and renamed; and it carries the
+sha256 of its content.
+"""
+
+import csv
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from nanomblip.weights.files import digest, open_safetensors, save_tensors, write_atomic
+from nanomblip.weights.layout import WeightsError
+
+
+class State:
+    """What a run needs to go on: trained parameters, the optimizers' memory, the step; one file, written atomically.
+
+    The last two are kept (state.safetensors and state.previous.safetensors). Each carries the sha256 of its content, so
+    a damaged one is noticed and the older one taken.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict | None = None
+    ):
+        self.extra = extra or {}  # name -> tensor, saved and restored in place with the rest
+        self.path, self.older = folder / "state.safetensors", folder / "state.previous.safetensors"
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.frozen = digest(
+            {name: t for name, t in model.state_dict().items() if name not in self.trained}
+        )  # int8 codes too
+        self.optimizers = optimizers
+
+    def save(self, step: int, seconds: float) -> None:
+        tensors = {f"parameter.{name}": p for name, p in self.trained.items()}
+        tensors |= {f"extra.{name}": value for name, value in self.extra.items()}
+        names = {p: name for name, p in self.trained.items()}
+        for optimizer in self.optimizers:
+            for p, memory in optimizer.state.items():  # exp_avg, exp_avg_sq and step of AdamW, momentum_buffer of Muon
+                tensors |= {f"{key}.{names[p]}": value for key, value in memory.items()}
+        meta = dict(
+            step=str(step), seconds=str(seconds), frozen=self.frozen, sha256=digest(tensors), torch=torch.__version__
+        )
+        if self.path.exists():
+            os.replace(self.path, self.older)
+        save_tensors(self.path, tensors, meta)
+
+    def load(self) -> tuple[int, float]:
+        """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is none."""
+        problems = []
+        for path in (self.path, self.older):
+            if path.exists():
+                try:
+                    found = self._load(path)
+                    if path == self.older:
+                        self.path.unlink(
+                            missing_ok=True
+                        )  # else the next save would put the damaged one over the good one
+                    return found
+                except WeightsError as error:
+                    problems.append(str(error))
+                    print(f"{error}; trying the one before", file=sys.stderr)
+        if problems:
+            raise WeightsError(f"{self.path.parent}: no undamaged state to resume from; start a new run")
+        return 0, 0.0
+
+    def _load(self, path: Path) -> tuple[int, float]:
+        with open_safetensors(path) as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if digest(tensors) != meta.get("sha256"):
+            raise WeightsError(f"{path}: its content does not have the sha256 it was written with")
+        if meta["frozen"] != self.frozen:
+            raise WeightsError(f"{path}: belongs to other frozen weights than the run starts from")
+        if {k.split(".", 1)[1] for k in tensors} != set(self.trained) | set(self.extra):
+            raise WeightsError(f"{path}: holds other parameters than the run trains")
+        if meta["torch"] != torch.__version__:
+            print(
+                f"{path}: written by torch {meta['torch']}, this is {torch.__version__}; the last bits may differ",
+                file=sys.stderr,
+            )
+        step = int(meta["step"])
+        owner = {
+            p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+        for key, value in tensors.items():
+            what, name = key.split(".", 1)
+            if what == "extra":
+                self.extra[name].copy_(value)
+                continue
+            p = self.trained[name]
+            if what == "parameter":
+                p.data.copy_(value)
+            else:
+                owner[p].state[p][what] = value.to(p.device)
+        return step, float(meta["seconds"])
+
+
+class Log:
+    """A CSV file that survives resuming: rows after the step to go on from are dropped and written again."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int):
+        rows = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+
+        def write(temporary):
+            with open(temporary, "w", newline="") as file:
+                csv.writer(file).writerows([columns, *rows])
+
+        write_atomic(path, write)  # so that a kill in this moment does not cost the rows there were
+        self.file = open(path, "a", newline="")
+        self.writer = csv.writer(self.file)
+        self.rows = rows
+
+    def add(self, *row):
+        self.rows.append([str(value) for value in row])
+        self.writer.writerow(row)
+        self.file.flush()
+
+    def recent_mean(self, column: int, count: int = 50) -> float | None:
+        """Mean of a column over the last rows, None if there are none yet."""
+        values = [float(row[column]) for row in self.rows[-count:]]
+        return sum(values) / len(values) if values else None
+
+
+class Interrupt:
+    """Remembers the first Ctrl-C or SIGTERM until the step is over; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = None
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+
+    def release(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` means: auto takes CUDA where there is one; ValueError for what this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"--device {name}: not here; give auto, cpu" + (" or cuda" if torch.cuda.is_available() else "")
+        )
+    return torch.device(name)
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory that tensors give back, instead of returning it to the system and asking again.
+
+    By default every block of 32 MB and more (logits, their gradients) comes from the system at each step, page by page:
+    a quarter to a third of a training step of nano went there. With another C library nothing is changed.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: bytes
+        mallopt(option, value)
+
+
+def ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process decides
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the half-written files of a process that was killed while it saved (ours, and safetensors' own)."""
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
+        if leftover.is_file():
+            leftover.unlink()

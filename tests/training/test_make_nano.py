@@ -1,0 +1,355 @@
+"""weights/make_nano.py: its text examples, and that it goes on where it was stopped."""
+
+import importlib.util
+import json
+import random
+import signal
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanomblip.data.emoji import HELD_OUT_LANGS, load_emoji, picture_split
+from nanomblip.data.emoji import ROOT as DATA
+from nanomblip.data.tokenizer import Tokenizer
+from nanomblip.model.mblip import PRESETS
+from nanomblip.model.mt5 import MT5, MT5Attention
+from nanomblip.model.qformer import QFormer, QFormerAttention
+from nanomblip.model.vit import ViT, ViTAttention
+from nanomblip.weights.files import digest
+from nanomblip.weights.load import load_mblip, load_mt5
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("make_nano", ROOT / "weights" / "make_nano.py")
+make_nano = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_nano)
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_emoji("core")
+
+
+@pytest.fixture(scope="module")
+def texts(emoji):
+    return make_nano.Texts(emoji, Tokenizer(DATA / "spiece.model"), 8064, seed=0)
+
+
+def same(a, b):
+    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # the last of each is a seed
+    return all(equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+def test_a_pool_is_a_function_of_its_number_and_of_what_is_known(emoji, texts):
+    again = make_nano.Texts(emoji, texts.tokenizer, 8064, seed=0)
+    first = texts.pool(3, 8)
+    assert same(first, again.pool(3, 8)) and not same(first, again.pool(4, 8))
+    assert not same(first, make_nano.Texts(emoji, texts.tokenizer, 8064, seed=1).pool(3, 8))
+    again.loss[1000:] = 0.0
+    assert not same(first, again.pool(3, 8))
+
+
+def test_what_is_known_is_drawn_a_tenth_as_often(emoji):
+    texts = make_nano.Texts(emoji, Tokenizer(DATA / "spiece.model"), 8064, seed=0)
+    half = len(texts.pairs) // 2
+    for _ in range(9):  # the running loss halves each time
+        texts.note(torch.arange(half), torch.zeros(half))
+    texts.note(torch.tensor([-1]), torch.tensor([5.0]))  # no pair: nothing changes
+    assert texts.loss[:half].max() < 0.002 and bool((texts.loss[half:] == 1).all())
+    drawn = torch.cat([pair for _, _, pair, *_ in texts.pool(0, 64)])
+    drawn = drawn[(drawn >= 0) & ~texts.english[drawn]]
+    share = (drawn < half).float().mean().item()
+    assert abs(share - 1 / 11) < 4 * (1 / 11 / len(drawn)) ** 0.5
+
+
+def test_english_names_are_drawn_eight_times_as_often(emoji, texts):
+    drawn = torch.cat([pair for _, _, pair, *_ in texts.pool(0, 64)])
+    drawn = drawn[drawn >= 0]
+    share = 8 * 519 / (8 * 519 + len(texts.pairs) - 519)
+    assert abs(texts.english[drawn].float().mean() - share) < 4 * (share / len(drawn)) ** 0.5
+
+
+def test_translations_name_the_language_of_their_target(emoji, texts):
+    checked, rng = Counter(), random.Random(0)
+    for _ in range(3000):
+        pair = rng.randrange(len(texts.pairs))
+        prompt, target, found, first = texts.example(rng, pair)
+        assert 0 <= first < len(prompt)
+        if found >= 0:
+            lang, concept = texts.pairs[found]
+            assert texts.tokenizer.decode(target) == emoji.names[lang][concept]
+            assert make_nano.LANGUAGES[lang].name in texts.tokenizer.decode(prompt)
+            checked[lang] += 1
+    assert len(checked) == 85 and checked.total() > 2400
+
+
+def test_mixed_names_keep_the_largest_share_and_leave_the_rest_alone():
+    Q, D = PRESETS["nano"].queries, 6000
+    embedded, blurred = torch.randn(40, Q + 3, D, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3 > 0
+    mix = lambda seed: make_nano.mix_names(embedded, blurred, torch.Generator().manual_seed(seed))
+    mixed = mix(1)
+    assert torch.equal(mixed[~blurred], embedded[~blurred]) and torch.equal(mixed[:, Q:], embedded[:, Q:])
+    assert torch.equal(mixed, mix(1)) and not torch.equal(mixed, mix(2))
+    names, found = embedded[blurred, :Q].flatten(1), mixed[blurred, :Q].flatten(1)
+    shares = found @ names.T / (Q * D)  # the names are all but orthogonal, so a share is a product
+    assert torch.equal(shares.argmax(1), torch.arange(len(names)))
+    own = shares.diagonal()
+    assert own.min() > 1 - make_nano.MIX - 0.02 and own.min() < 0.62 and own.max() > 0.9 and abs(shares.sum(1) - 1).max() < 0.1
+    nothing = torch.zeros(40, dtype=torch.bool)  # such a batch may have fewer than Q places
+    assert torch.equal(make_nano.mix_names(embedded[:, :3], nothing, torch.Generator().manual_seed(0)), embedded[:, :3])
+
+
+def test_blurred_names_stand_where_a_pictures_vectors_will_and_are_as_long(emoji, texts):
+    blurred = clean = 0
+    for prompt, labels, pair, noise, scale, _ in texts.pool(0, 16):
+        assert noise.shape == scale.shape == (*prompt.shape, 1) and noise.min() >= 0 and noise.max() < make_nano.BLUR
+        for ids, deviation, length, known in zip(prompt, noise[:, :, 0], scale[:, :, 0], pair):
+            places = (deviation > 0).sum()
+            assert places in (0, 8) and (deviation[places:] == 0).all() and (length[places:] == 1).all()
+            assert len(set(deviation[:places].tolist())) <= 1 and (ids[:places] > 2).all() and (known >= 0 or places == 0)
+            if places:
+                size = length[0] * (1 + deviation[0].square()).sqrt()  # of what was N(0, 1), piece and noise
+                assert 0.39 < size < 1.21
+            blurred, clean = blurred + bool(places), clean + bool(known >= 0 and not places)
+    share = sum(n for template, n in make_nano.TRANSLATE.items() if "blurred" in template) / sum(make_nano.TRANSLATE.values())
+    assert abs(blurred / (blurred + clean) - share) < 0.08
+
+
+def test_hidden_spans_put_back_give_the_text(texts):
+    is_part = lambda part, ids: any(ids[i : i + len(part)] == part for i in range(len(ids) - len(part) + 1))
+    pieces, hidden = [texts.tokenizer.encode(text, 10_000)[:-1] for text in texts.paragraphs], 0
+    for i in range(30):
+        prompt, target = texts.spans(random.Random(i))
+        assert prompt[-1] == target[-1] == 1
+        fill, current = {}, None
+        for piece in target[:-1]:
+            if piece >= 8000:
+                current = piece
+                fill[current] = []
+            else:
+                fill[current].append(piece)
+        whole = [p for piece in prompt[:-1] for p in (fill[piece] if piece >= 8000 else [piece])]
+        hidden += sum(p >= 8000 for p in prompt)
+        assert 0 < len(whole) <= 24 and any(is_part(whole, ids) for ids in pieces)
+    assert hidden > 15
+
+
+def test_scores_are_capped_by_scaling_q_and_k_and_left_alone_where_small():
+    nano = PRESETS["nano"]
+    small = dict(width=64, heads=4, layers=1, mlp=64)
+    models = [MT5(replace(nano.mt5, **small, head_width=16, decoder_layers=1)), ViT(replace(nano.vit, **small)),
+              QFormer(replace(nano.qformer, **small, vision_width=64))]  # fmt: skip
+    seen = []
+    for model in models:
+        model.init_weights() if isinstance(model, MT5) else [nn.init.normal_(p, std=0.05) for p in model.parameters() if p.ndim == 2]
+        fresh = {name: p.clone() for name, p in model.named_parameters()}
+        make_nano.cap_scores(model)
+        assert all(torch.equal(p, fresh[name]) for name, p in model.named_parameters())
+        for name, p in model.named_parameters():
+            if name.endswith(("q.weight", "k.weight", "qkv.weight")):
+                p.data *= 50
+        make_nano.cap_scores(model)
+        once = {name: p.clone() for name, p in model.named_parameters()}
+        for module in model.modules():
+            if isinstance(module, (MT5Attention, QFormerAttention)):
+                q, k = module.q, module.k
+            elif isinstance(module, ViTAttention):
+                q, k = [nn.Linear(64, 64, bias=False) for _ in range(2)]
+                q.weight.data, k.weight.data, _ = module.qkv.weight.data.chunk(3)
+            else:
+                continue
+            x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+            heads = lambda linear: F.linear(x, linear.weight).view(512, 4, 16).transpose(0, 1)  # (H, 512, K)
+            scores = heads(q) @ heads(k).mT * (1 if isinstance(module, MT5Attention) else 16**-0.5)
+            seen.append(scores.std().item())
+        make_nano.cap_scores(model)
+        assert all(torch.allclose(p, once[name]) for name, p in model.named_parameters())
+    assert len(seen) == 3 + 1 + 2 and all(abs(s - make_nano.SCORES) < 0.6 for s in seen), seen
+
+
+def test_stopped_and_resumed_ends_with_the_same_model(monkeypatch, tmp_path):
+    small = replace(PRESETS["nano"].mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1)
+    monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], mt5=small))
+    monkeypatch.setattr(make_nano, "exact_match", lambda model, tokenizer, emoji, limit: {"sw": 0.5})
+    monkeypatch.setattr(make_nano, "POOL", 3)  # a stop waits for the end of a pool
+    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4 --bf16 off".split()
+    run = lambda name: make_nano.main([*flags, "--work", str(tmp_path / "work" / name), "--out", str(tmp_path / name)])
+    assert run("whole") == 0
+
+    class Bar(make_nano.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == 5:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_nano, "tqdm", Bar)
+        assert run("cut") == 143
+    assert json.loads((tmp_path / "cut" / "mt0" / "record.json").read_text())["steps_done"] == 6
+    assert run("cut") == 0
+    models = [load_mt5(tmp_path / name / "mt0") for name in ("whole", "cut")]
+    assert digest(dict(models[0].named_parameters())) == digest(dict(models[1].named_parameters()))
+    losses = [(tmp_path / "work" / name / "mt0" / "loss.csv").read_text() for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_answers_are_greedy(emoji):
+    torch.manual_seed(0)
+    model = make_nano.MT5(PRESETS["nano"].mt5)
+    model.init_weights()
+    tokenizer = Tokenizer(DATA / "spiece.model")
+    prompts = ["cat. Caption the image in Swahili.", "x in Thai:"]
+    together = make_nano.translate(model, tokenizer, prompts)
+    assert [make_nano.translate(model, tokenizer, [p])[0] for p in prompts] == together
+
+
+def test_pictures_are_english_and_of_the_training_split(emoji, texts):
+    stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
+    prompts, batches = Counter(), list(islice(stream.pool(0, 16), 3))
+    for image, prompt, labels, target in batches:
+        assert image.shape == (16, 1, 3, 64, 64) and bool((target.sum(1) == 1).all())
+        concept = target.argmax(1)
+        for p, t, c in zip(prompt.tolist(), labels.tolist(), concept.tolist()):
+            asked, target = (texts.tokenizer.decode([i for i in ids if i > 1]) for ids in (p, t))
+            assert "English" in asked
+            prompts[asked] += 1
+            assert target == emoji.names["en"][emoji.concepts[c]] or asked == "List keywords for the image in English."
+    assert len(prompts) > 4
+    assert all(picture_split(*emoji.cells[p]) == "train" for p in stream.sources[0])
+    assert same(batches, list(islice(stream.pool(0, 16), 3)))
+
+
+def test_icons_are_further_pictures_of_the_concepts_and_of_other_things(emoji, texts, tmp_path):
+    bee = emoji.names["en"][emoji.concepts[7]]
+    np.savez_compressed(tmp_path / "icons.npz", pictures=np.full((3, 64, 64, 3), 9, np.uint8), names=np.array([bee, "zip file", "abacus arrow"]))
+    size = make_nano.ImageConfig(size=64)
+    stream = make_nano.Pictures(emoji, texts.tokenizer, size, seed=0, icons=str(tmp_path / "icons.npz"))
+    C = len(emoji.concepts)
+    assert stream.names[C:] == ["abacus arrow", "zip file"] and stream.names[:C] == make_nano.Pictures(emoji, texts.tokenizer, size, 0).names
+    counts = Counter()
+    for image, _, labels, target in islice(stream.pool(0, 64, strength=0.0), 8):
+        assert target.shape == (64, C + 2)
+        for x, ids, c in zip(image, labels.tolist(), target.argmax(1).tolist()):
+            if x.std() < 1 and x.mean() < 0:  # dark all over: an icon
+                counts[c] += 1
+                assert texts.tokenizer.decode([i for i in ids if i > 1]) == stream.names[c]
+    assert set(counts) == {7, C, C + 1}
+    assert 0.22 < counts[7] / 512 < 0.38 and 0.12 < (counts[C] + counts[C + 1]) / 512 < 0.28  # SHARES
+
+
+@pytest.mark.parametrize("content", [None, b"junk", b"PK\x03\x04junk"])
+def test_icons_that_are_none_are_refused(content, emoji, texts, tmp_path):
+    if content is not None:
+        (tmp_path / "icons.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.*build_icons.py$"):
+        make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0, icons=str(tmp_path / "icons.npz"))
+
+
+def test_blended_pictures_have_the_shares_of_their_parts(emoji, texts):
+    stream = make_nano.Pictures(emoji, texts.tokenizer, make_nano.ImageConfig(size=64), seed=0)
+    plain, blended = (next(iter(stream.pool(0, 64, strength=0.0, blend=blend))) for blend in (False, True))
+    share = (plain[3] * blended[3]).sum(1)  # of the first picture
+    alone = share == 1
+    assert 0.2 < alone.float().mean() < 0.8 and share.min() < 0.4
+    by_hand = torch.lerp(plain[0], plain[0].roll(1, 0), 1 - share[:, None, None, None, None])
+    other = plain[3].argmax(1) != plain[3].roll(1, 0).argmax(1)
+    assert torch.allclose(by_hand[other], blended[0][other], atol=1e-5)
+    assert torch.allclose(blended[3].sum(1), torch.ones(64))
+
+
+def test_redrawing_grows_with_the_vit_and_is_half_of_it_for_the_qformer(emoji, texts, monkeypatch):
+    stage = make_nano.MakeBLIP2(emoji, texts.tokenizer, make_nano.Config(contrast=0.5, redraw=0.9))
+    monkeypatch.setattr(stage.pictures, "pool", lambda number, batch, strength, blend: (strength, blend))
+    strengths, blends = zip(*(stage.pool(0, 4, done) for done in (0.0, 0.125, 0.25, 0.4, 0.5, 0.9)))
+    assert strengths == pytest.approx((0.3, 0.6, 0.9, 0.9, 0.45, 0.45)) and blends == (True, True, True, True, False, False)
+
+
+def test_rates_rise_and_fall_in_each_phase():
+    cfg = make_nano.Config(steps=100, warmup=10, decay=0.5)
+    rates = [make_nano.rate(cfg, step, [0, 60]) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:30] == [1.0] * 21 and rates[59] == pytest.approx(1 / 30)
+    assert rates[60] == 0.1 and rates[70] == 1.0 and rates[99] == pytest.approx(1 / 20)
+    assert [make_nano.rate(cfg, step, [0]) for step in (9, 50, 75)] == [1.0, 1.0, 0.5]
+
+
+def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp_path, capsys):
+    tiny = replace(
+        PRESETS["nano"],
+        vit=replace(PRESETS["nano"].vit, width=16, layers=1, heads=2, mlp=16),
+        qformer=replace(PRESETS["nano"].qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16),
+        mt5=replace(PRESETS["nano"].mt5, width=24, heads=3, head_width=8, mlp=16),
+    )
+    monkeypatch.setitem(PRESETS, "nano", tiny)
+    monkeypatch.setattr(make_nano, "POOL", 2)
+    flags = ["--batch", "4", "--warmup", "2", "--bf16", "off", "--eval_every", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert make_nano.main(["blip2", "--steps", "4", *flags]) == 0
+    vit = digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters()))
+    began, begin = [], make_nano.MakeBLIP2.begin
+    monkeypatch.setattr(make_nano.MakeBLIP2, "begin", lambda stage, phase: began.append(phase) or begin(stage, phase))
+    assert make_nano.main(["blip2", "--steps", "12", "--contrast", "0.5", *flags]) == 0  # phases from steps 0, 6 and 10 on
+    assert began == [1, 2]
+    assert digest(dict(load_mblip(tmp_path / "out" / "blip2").vit.named_parameters())) != vit
+    record = json.loads((tmp_path / "out" / "blip2" / "record.json").read_text())
+    assert record["steps_done"] == 12 and record["exact_match_by_language"].keys() == {"en"}
+    model = load_mblip(tmp_path / "out" / "blip2")
+    assert model.cfg.vit.width == 16 and model.cfg.mt5.layers == 1
+    more = ["--init", str(tmp_path / "out" / "blip2"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "more"), "--lr", "1e-9", "--muon_lr", "1e-9"]
+    assert make_nano.main(["blip2", "--steps", "3", "--contrast", "1", *flags, *more]) == 0  # the Q-Former stays, too
+    again = load_mblip(tmp_path / "more" / "blip2")
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert make_nano.main(["blip2", "--steps", "4", "--contrast", "0", *flags, *more, "--work", str(tmp_path / "third")]) == 0
+    again = load_mblip(tmp_path / "more" / "blip2")  # the ViT is kept, and the Q-Former new
+    assert all(torch.equal(a, b) for a, b in zip(model.vit.parameters(), again.vit.parameters(), strict=True))
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.qformer.parameters(), again.qformer.parameters(), strict=True) if a.ndim == 2)
+    for wrong, message in (("--contrast 1.5", "between 0 and 1"), ("--redraw nan", "between 0 and 1"), ("--decay 0", "above 0"), ("--contrast 0", "--init")):
+        with pytest.raises(ValueError, match=message):
+            make_nano.main(["blip2", *wrong.split()])
+    with pytest.raises(ValueError, match="mt0, blip2, aligned"):
+        make_nano.main(["--steps", "2"])
+
+
+@pytest.mark.parametrize("pieces", (5, 256, 700))
+def test_the_loss_in_parts_is_cross_entropy(pieces):
+    generator = torch.Generator().manual_seed(pieces)
+    labels = torch.randint(0, 97, (pieces,), generator=generator)
+    made = [torch.randn(pieces, 24, generator=generator), torch.randn(97, 24, generator=generator)]
+    ours, theirs = ([t.clone().requires_grad_() for t in made] for _ in range(2))
+    loss, losses = make_nano.HeadLoss.apply(*ours, labels)
+    expected = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, labels, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(loss, expected.mean())
+    (3 * loss).backward()
+    (3 * expected.mean()).backward()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_readmes_numbers_of_nano_are_those_of_the_records():
+    """The table of what nano reaches, cell by cell, from the records of the default run, the control, the languages held out and the language model."""
+    read = lambda path: json.loads((ROOT / "weights" / path).read_text())
+    default = read("nano/aligned/record.json")
+    percent = lambda value: f"{100 * value:.1f}"
+    of = lambda which, who="other", key="exact": percent(default["summary"][which][who][key])
+    ratio = lambda a, b: f"{a} / {b} = {float(a) / float(b):.2f}"
+    english, other = of("pictures", "english"), of("pictures")
+    cells = [f"{english} %", f"{of('openmoji', 'english')}, {of('streamline', 'english')} %", ratio(other, english),
+             f"{of('pictures', key='in_language')} % (English {of('pictures', 'english', 'in_language')} %)",
+             ratio(of("held-out pairs"), of("seen pairs")), f"{percent(read('nano/mt0/record.json')['exact_match'])} %"]  # fmt: skip
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("### What nano reaches")[1].split("Where it is lost")[0]
+    rows = [line.split("|")[3].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    held_out = read("records/held_out_languages.json")
+    eight = [percent(sum(record["results"]["pictures"][lang]["exact"] for lang in HELD_OUT_LANGS) / 8) for record in (held_out, default)]
+    assert set(held_out["config"]["hold_out_langs"].split(",")) == set(HELD_OUT_LANGS)
+    cells.append(ratio(*eight))
+    control = read("records/control.json")["summary"]["pictures"]
+    cells.append(f"{percent(control['other']['exact'])} %, English {percent(control['english']['exact'])} %: **no less**")
+    assert rows == cells
+    machine = {"vision", "hold_out_langs", "eval_every", "run", "out", "resume"}
+    assert all(record["config"][key] == value for record in (read("records/control.json"), held_out) for key, value in default["config"].items() if key not in machine)
+    assert control["other"]["exact"] > 0.9 * default["summary"]["pictures"]["other"]["exact"]  # what "no less" means
