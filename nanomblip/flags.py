@@ -45,14 +45,15 @@ def parse_flags(cls, argv: list[str], description: str):
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     for f in fields(cls):
-        kind = f.type if isinstance(f.type, type) else type(f.default)
+        kinds = [
+            kind for kind in getattr(f.type, "__args__", (f.type,)) if kind is not type(None)
+        ]  # of `int | None`: int
+        kind = kinds[0] if isinstance(kinds[0], type) else type(f.default)
         options = dict(default=f.default, help=f.metadata["help"])
         if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = _Switch
         else:
-            options |= dict(
-                type=str if f.default is None or f.metadata["many"] else kind, choices=f.metadata["choices"]
-            )
+            options |= dict(type=str if f.metadata["many"] else kind, choices=f.metadata["choices"])
             options |= dict(metavar=f.name.upper()) if f.metadata["choices"] is None else {}
             options |= dict(nargs="+") if f.metadata["many"] else {}
         assert f.default is not MISSING, f"{f.name} needs a default"

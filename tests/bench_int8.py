@@ -190,7 +190,7 @@ def work_ours(cfg: Config, model: MT5, job: str):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
         def step():
-            logits = model.decode(model.shift_right(labels), model.encode(model.embed_pieces(prompt), prompt > 0), prompt > 0)
+            logits = model.decode(model.shift_right(labels), model.encode(model.embed_tokens(prompt), prompt > 0), prompt > 0)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
             loss.backward()
             optimizer.step()
@@ -204,7 +204,7 @@ def work_ours(cfg: Config, model: MT5, job: str):
 
     @torch.no_grad()
     def write():
-        memory = model.encode(model.embed_pieces(prompt), prompt > 0)
+        memory = model.encode(model.embed_tokens(prompt), prompt > 0)
         found = beam_search(model, memory, prompt > 0, may, decoding) if beams > 1 else write_one_each(model, memory, prompt > 0, may, decoding, [0], None)
         return len(found[0][0].ids)
 

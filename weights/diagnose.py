@@ -129,7 +129,7 @@ def look(emoji: Emoji, image: ImageConfig, cells: list[int]) -> torch.Tensor:
 
 def name_table(model: MBLIP, tokenizer: Tokenizer, names: list[str]) -> torch.Tensor:
     """Each name's embedded pieces, stretched over the places of a picture's vectors: float32 (C, Q, D)."""
-    return model.mt5.embed_pieces(name_places(tokenizer, names, model.cfg.queries)).detach().float()
+    return model.mt5.embed_tokens(name_places(tokenizer, names, model.cfg.queries)).detach().float()
 
 
 def main(argv: list[str]) -> int:

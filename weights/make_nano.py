@@ -396,7 +396,7 @@ class MakeBLIP2:
         with torch.no_grad():
             features = self.model.image_features(image)
         visual = self.model.image_tokens(features)  # (B, Q, D)
-        names = self.model.mt5.embed_pieces(self.places).detach().float()  # (C, Q, D)
+        names = self.model.mt5.embed_tokens(self.places).detach().float()  # (C, Q, D)
         imitation = imitation_loss(visual, target.argmax(1), names)
         if done < speak:
             return imitation
@@ -419,7 +419,7 @@ class MakeBLIP2:
                 if done < see:
                     scores = self.logits(image)["qformer"]
                 else:
-                    scores = name_scores(self.model.encode_image(image), self.model.mt5.embed_pieces(self.places).float())
+                    scores = name_scores(self.model.encode_image(image), self.model.mt5.embed_tokens(self.places).float())
             found = scores[:, : len(self.emoji.concepts)].argmax(1)
             return {"en": mean(self.pictures.concept[cell] == i for cell, i in zip(cells, found.tolist()))}
         items = questions(self.emoji, "validation", ["en"], 0)

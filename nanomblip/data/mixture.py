@@ -172,8 +172,18 @@ class Mixture:
             raise ValueError(
                 f"--data_share {share}: {len(self.cells)} pictures are too few, a language has no name for any of them"
             )
+        self._remember()
+
+    def _remember(self) -> None:
         self.order = lru_cache(maxsize=4)(self._order)
         self.available = lru_cache(maxsize=None)(self.has)
+
+    def __getstate__(self):  # to a loader worker that is not a fork: what is remembered stays behind
+        return {key: value for key, value in self.__dict__.items() if key not in ("order", "available")}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        self._remember()
 
     def has(self, task: str, lang: str) -> bool:
         """Does CLDR have the phrases that a task needs in a language?"""
@@ -224,11 +234,11 @@ class Mixture:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Micro-batches of a mixture by number, with targets of about the same length in each.
+    """Micro-batches of a mixture by number, with prompts and targets of about the same length in each.
 
-    Names differ in length: drawn as they come, a batch of 64 has 2.8 places for each real piece; sorted, 1.1. So `pool`
-    batches' worth of examples are sorted by target length, cut into batches, and the batches shuffled, again as a
-    function of (seed, pool number).
+    Prompts of the tasks differ in length, and so do names: batches drawn as they come are mostly padding. So `pool` batches' worth of
+    examples are sorted by the prompt's length in steps of eight tokens, then by the target's, cut into batches, and the batches shuffled,
+    again as a function of (seed, pool number).
 
     batch m -> dict of tensors: picture long (B,), view long (B,), prompt long (B, S), labels long (B, T) with -100 as
     padding, and image float32 (B, 1, 3, size, size) unless `views`: then the pictures' features are cached elsewhere in
@@ -243,7 +253,17 @@ class Batches(torch.utils.data.Dataset):
         self.mixture, self.tokenizer, self.image = mixture, tokenizer, image
         self.batch, self.views, self.pool, self.crop, self.rank, self.world = batch, views, pool, crop, rank, world
         self.redraw = redraw
+        self._remember()
+
+    def _remember(self) -> None:
         self.pool_of = lru_cache(maxsize=2)(self._pool)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "pool_of"}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        self._remember()
 
     def _pool(self, number: int) -> list[list[tuple]]:
         first = number * self.pool * self.batch
@@ -251,7 +271,7 @@ class Batches(torch.utils.data.Dataset):
         for index in range(first, first + self.pool * self.batch):
             example = self.mixture.example(index)
             rows.append((example, self.tokenizer.encode(example.prompt), self.tokenizer.encode(example.target)))
-        rows.sort(key=lambda row: (len(row[2]), len(row[1])))  # stable: ties stay in drawn order
+        rows.sort(key=lambda row: (-(-len(row[1]) // 8), len(row[2]), len(row[1])))  # stable: ties stay in drawn order
         batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         random.Random(f"{self.mixture.seed}/pool/{number}").shuffle(batches)
         return batches

@@ -155,3 +155,27 @@ def table(results: dict, held_out=()) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def summary(of_language: dict) -> tuple[dict, dict]:
+    """English and the mean over all other languages: exact and in_language, each in 0..1 or None."""
+    rows = [[r for lang, r in of_language.items() if (lang == "en") == is_english] for is_english in (True, False)]
+    return tuple({key: mean(r[key] for r in part) for key in ("exact", "in_language")} for part in rows)
+
+
+class Validation:
+    """A look at the validation slice every so many steps of a training (0 = never), greedy, five pictures a language but English."""
+
+    COLUMNS = ("step", "english_exact", "other_exact", "other_in_language")
+
+    def __init__(
+        self, model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language_id: LanguageID, every: int, log
+    ):
+        self.of = model, tokenizer, image, emoji, langs, language_id
+        self.every, self.log = every, log
+
+    def __call__(self, step: int) -> None:
+        if self.every and step % self.every == 0:
+            results, _ = evaluate(*self.of, 5, ("validation",))
+            english, other = summary(results["validation"])
+            self.log.add(step, english["exact"], other["exact"], other["in_language"])

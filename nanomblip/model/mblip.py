@@ -116,7 +116,7 @@ class MBLIP(nn.Module):
         by default everything but the pad id. Returns memory (B, L, D) and its mask (B, L).
         """
         mask = prompt != self.cfg.mt5.pad if prompt_mask is None else prompt_mask.bool()
-        text = self.mt5.embed_pieces(prompt)  # (B, S, D)
+        text = self.mt5.embed_tokens(prompt)  # (B, S, D)
         x = torch.cat([visual.to(text.dtype), text], dim=1)  # (B, L, D)
         mask = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1)  # (B, L)
         return self.mt5.encode(x, mask), mask

@@ -302,7 +302,7 @@ class MT5(nn.Module):
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=cfg.width**-0.5)
 
-    def embed_pieces(self, ids):
+    def embed_tokens(self, ids):
         """ids long (B, S) -> float (B, S, D), in the type of the activations."""
         return self.embed(ids).to(self.decoder.norm.weight.dtype)
 
@@ -312,7 +312,7 @@ class MT5(nn.Module):
 
     def decode(self, ids, memory, memory_mask, cache: KVCache | None = None):
         """ids long (B, T), memory (B, L, D), memory_mask bool (B, L) -> logits (B, T, V)."""
-        return self.lm_head(self.decoder(self.embed_pieces(ids), memory, memory_mask, cache))
+        return self.lm_head(self.decoder(self.embed_tokens(ids), memory, memory_mask, cache))
 
     def shift_right(self, labels):
         """The decoder's input for given labels (long (B, T), -100 = no loss): start token first, each label one later."""
@@ -320,4 +320,4 @@ class MT5(nn.Module):
         return F.pad(ids[:, :-1], (1, 0), value=self.cfg.pad)  # (B, T)
 
     def forward(self, prompt, mask, ids):
-        return self.decode(ids, self.encode(self.embed_pieces(prompt), mask), mask)
+        return self.decode(ids, self.encode(self.embed_tokens(prompt), mask), mask)

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum whose update is made orthogonal, for matrices.
+"""The optimizers of both stages. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum whose update is made orthogonal, for matrices.
 
 torch.optim.Muon does the same, always in bf16 and one matrix after the other. On a processor without instructions for bf16 torch emulates
 them, at a ninth of fp32's speed, and a step of train.py spent nearly all of its time there. So here the type follows the processor, and
@@ -6,9 +6,13 @@ matrices of one shape are made orthogonal together.
 """
 
 import torch
+import torch.nn as nn
 
 from nanomblip.model.int8_kernels import has_bf16
+from nanomblip.model.lora import LoRALinear
 
+WEIGHT_DECAY = 0.1  # AdamW's, the paper's
+MUON_LR, MUON_DECAY = 0.02, 0.3  # singular values stay near the inverse of the decay
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of the quintic: steepest at 0, so that five rounds suffice
 
 
@@ -73,3 +77,31 @@ class Muon(torch.optim.Optimizer):
                 for p, u in zip(params, update):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-rate)
         return loss
+
+
+def build_optimizers(
+    model: nn.Module, rate_of: dict[nn.Parameter, float], muon: bool, beta2: float
+) -> list[torch.optim.Optimizer]:
+    """Optimizers of the trained parameters, each group with its peak rate as `peak`: AdamW, as in the paper, and with `muon` Muon for
+    the matrices inside the towers' blocks.
+
+    rate_of: AdamW's peak rate of each trained parameter. Decayed are the matrices of linear, convolution and embedding layers, and
+    LoRA's, found by module type; norms, biases, position tables and queries are not: pulling a norm towards 0 or a query towards the
+    others helps nobody. (The original code went by substrings and so decayed the Q-Former's first norm, spelled "layernorm".)
+    """
+    groups, hidden = {}, []  # (rate, decay) -> parameters
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if not p.requires_grad:
+                continue
+            if muon and isinstance(module, nn.Linear) and name == "weight" and ".blocks." in path:
+                hidden.append(p)
+                continue
+            matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name == "weight"
+            decay = WEIGHT_DECAY if matrix or isinstance(module, LoRALinear) else 0.0
+            groups.setdefault((rate_of[p], decay), []).append(p)
+    rows = [dict(params=params, lr=rate, peak=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
+    optimizers = [torch.optim.AdamW(rows, betas=(0.9, beta2), eps=1e-8, fused=True)]
+    if hidden:
+        optimizers.append(Muon([dict(params=hidden, peak=MUON_LR)], lr=MUON_LR, weight_decay=MUON_DECAY))
+    return optimizers

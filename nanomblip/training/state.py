@@ -33,10 +33,10 @@ class State:
         self.extra = extra or {}  # name -> tensor, saved and restored in place with the rest
         self.path, self.older = folder / "state.safetensors", folder / "state.previous.safetensors"
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.frozen = digest(
-            {name: t for name, t in model.state_dict().items() if name not in self.trained}
-        )  # int8 codes too
-        self.optimizers = optimizers
+        rest = {name: t for name, t in model.state_dict().items() if name not in self.trained}
+        self.frozen = digest(rest)  # int8 codes too
+        self.optimizers, self.stage = optimizers, 0
+        self.memory = None  # the stage and the optimizers' memory that were loaded, until these optimizers are there
 
     def save(self, step: int, seconds: float) -> None:
         tensors = {f"parameter.{name}": p for name, p in self.trained.items()}
@@ -46,11 +46,16 @@ class State:
             for p, memory in optimizer.state.items():  # exp_avg, exp_avg_sq and step of AdamW, momentum_buffer of Muon
                 tensors |= {f"{key}.{names[p]}": value for key, value in memory.items()}
         meta = dict(
-            step=str(step), seconds=str(seconds), frozen=self.frozen, sha256=digest(tensors), torch=torch.__version__
+            step=step,
+            stage=self.stage,
+            seconds=seconds,
+            frozen=self.frozen,
+            sha256=digest(tensors),
+            torch=torch.__version__,
         )
         if self.path.exists():
             os.replace(self.path, self.older)
-        save_tensors(self.path, tensors, meta)
+        save_tensors(self.path, tensors, {key: str(value) for key, value in meta.items()})
 
     def load(self) -> tuple[int, float]:
         """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is none."""
@@ -79,28 +84,33 @@ class State:
             raise WeightsError(f"{path}: its content does not have the sha256 it was written with")
         if meta["frozen"] != self.frozen:
             raise WeightsError(f"{path}: belongs to other frozen weights than the run starts from")
-        if {k.split(".", 1)[1] for k in tensors} != set(self.trained) | set(self.extra):
+        if {key.split(".", 1)[1] for key in tensors} != set(self.trained) | set(self.extra):
             raise WeightsError(f"{path}: holds other parameters than the run trains")
         if meta["torch"] != torch.__version__:
-            print(
-                f"{path}: written by torch {meta['torch']}, this is {torch.__version__}; the last bits may differ",
-                file=sys.stderr,
-            )
-        step = int(meta["step"])
-        owner = {
-            p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
+            was, now = meta["torch"], torch.__version__
+            print(f"{path}: written by torch {was}, this is {now}; the last bits may differ", file=sys.stderr)
+        memory = {}
         for key, value in tensors.items():
             what, name = key.split(".", 1)
-            if what == "extra":
-                self.extra[name].copy_(value)
-                continue
-            p = self.trained[name]
-            if what == "parameter":
-                p.data.copy_(value)
+            if what in ("extra", "parameter"):
+                (self.extra[name] if what == "extra" else self.trained[name].data).copy_(value)
             else:
+                memory[what, name] = value
+        self.memory = int(meta.get("stage", 0)), memory
+        self.use(self.optimizers, self.stage)
+        return int(meta["step"]), float(meta["seconds"])
+
+    def use(self, optimizers: list[torch.optim.Optimizer], stage: int) -> None:
+        """Save the memory of these optimizers from now on. They get the memory that was loaded, if it is of this stage."""
+        self.optimizers, self.stage = optimizers, stage
+        if not optimizers or self.memory is None:
+            return
+        (of_stage, memory), self.memory = self.memory, None
+        if of_stage == stage:
+            owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+            for (what, name), value in memory.items():
+                p = self.trained[name]
                 owner[p].state[p][what] = value.to(p.device)
-        return step, float(meta["seconds"])
 
 
 class Log:

@@ -1,0 +1,87 @@
+"""What the ViT sees of a batch: computed at each step, or once for all and kept, since a frozen ViT sees the same every time."""
+
+import random
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from nanomblip.data.mixture import Batches
+from nanomblip.model.mblip import MBLIP
+from nanomblip.training.state import ignore_interrupt
+
+LARGEST_CACHE = 4_000_000_000  # bytes
+
+
+class LiveFeatures:
+    """features(batch) -> float (B, I, N, Dv), by a run of the ViT, with gradients where it is trained."""
+
+    def __init__(self, model: MBLIP):
+        self.model = model
+
+    def __call__(self, batch: dict) -> torch.Tensor:
+        with torch.set_grad_enabled(self.model.vit.patch_embed.weight.requires_grad):
+            return self.model.image_features(batch["image"])
+
+
+class CachedFeatures:
+    """features(batch) -> float (B, 1, N, Dv), from a cache of all training pictures in `views` random views: (P, views, N, Dv), on the CPU.
+
+    noise: Gaussian noise of up to this times the standard deviation over pictures, its strength drawn for each picture. ValueError if the
+    cache would take more than LARGEST_CACHE bytes.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: MBLIP, batches: Batches, device: torch.device, noise: float = 0.0):
+        mixture, vit = batches.mixture, model.cfg.vit
+        size = len(mixture.emoji.cells) * batches.views * vit.tokens * vit.width * 4
+        if size > LARGEST_CACHE:
+            raise ValueError(
+                f"--views {batches.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0"
+            )
+        task = (
+            "caption" if mixture.tasks == ["caption"] else "several"
+        )  # one view serves all tasks: mirrored for captions only
+        self.device, self.cache = device, torch.zeros(len(mixture.emoji.cells), batches.views, vit.tokens, vit.width)
+        jobs = [(p, v) for p in mixture.cells for v in range(batches.views)]
+        for i in tqdm(range(0, len(jobs), 256), desc="frozen ViT", leave=False):
+            part = jobs[i : i + 256]
+            drawn = [random.Random(f"{mixture.seed}/cached/{p}/{v}") for p, v in part]
+            image = torch.stack([batches.augmented(p, rng, task) for (p, _), rng in zip(part, drawn)])[:, None]
+            pictures, views = torch.tensor(part).T
+            self.cache[pictures, views] = model.image_features(image.to(device))[:, 0].cpu()
+        self.noise = noise * self.cache[mixture.cells].std((0, 1)).to(device)  # (N, Dv)
+
+    def __call__(self, batch: dict) -> torch.Tensor:
+        seen = self.cache[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(self.device)  # (B, 1, N, Dv)
+        if self.noise.any():
+            strength = torch.rand(len(seen), 1, 1, 1, device=self.device)
+            seen = seen + self.noise * torch.randn_like(seen) * strength
+        return seen
+
+
+class Loader:
+    """The micro-batches of one stage from number `start` on, prepared by `workers` processes; next(loader) -> tensors on `device`.
+
+    A worker that died is a ValueError: the run is whole up to the last step, and can be gone on with.
+    """
+
+    def __init__(self, batches: torch.utils.data.Dataset, start: int, workers: int, device: torch.device):
+        numbers = range(start, 2**62)
+        options = dict(batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_interrupt)
+        self.batches, self.device = iter(DataLoader(batches, **options)), device
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        try:
+            batch = next(self.batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerDied(
+                "a loader worker was killed, perhaps because memory ran out; give fewer --workers"
+            ) from None
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+
+class WorkerDied(ValueError):
+    """A process that prepares batches ended by itself."""

@@ -1,0 +1,134 @@
+"""Where a run starts from: languages and examples, and the model that a config describes, loaded and frozen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanomblip.data.emoji import ROOT, Emoji
+from nanomblip.data.image import ImageConfig
+from nanomblip.data.json_mixture import JsonBatches, JsonMixture, parse_mixture
+from nanomblip.data.languages import parse_lang, parse_lang_mix
+from nanomblip.data.mixture import Batches, Mixture, parse_tasks
+from nanomblip.data.tokenizer import Tokenizer
+from nanomblip.model.lora import add_lora
+from nanomblip.model.mblip import MBLIP, PRESETS
+from nanomblip.training.config import Config
+from nanomblip.weights.files import read_json
+from nanomblip.weights.hub import MODELS, download
+from nanomblip.weights.layout import config_from_hf, mt5_config_from_hf, vision_config_from_hf
+from nanomblip.weights.load import load_mblip, load_mt5, load_vision
+
+HERE = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Start:
+    """A loaded model, what it reads with, and where its weights came from.
+
+    source: the folder with the tokenizer; bases: the two folders of --init blip2, vision and language model, else None; rounded: whether
+    some of the model is held in another type than it was stored in.
+    """
+
+    model: MBLIP
+    tokenizer: Tokenizer
+    image: ImageConfig
+    source: Path
+    bases: tuple[Path, Path] | None
+    rounded: bool
+
+
+def source_folders(cfg: Config) -> tuple[Path, ...]:
+    """The folders that the weights come from: two for --init blip2, one for a folder, none for random weights. Official ones are fetched
+    into weights/ once."""
+    if cfg.init == "random":
+        return ()
+    if cfg.init != "blip2":
+        return (Path(cfg.init),)
+    fetch = lambda name, skip: download(name, HERE / "weights" / name, skip) if name in MODELS else Path(name)
+    return fetch(cfg.vision, "language_"), fetch(
+        cfg.llm, None
+    )  # of the model that can see, its language model is not needed
+
+
+def parameters_of(folders: tuple[Path, ...]) -> int:
+    """How many parameters the model of these folders has, by their config.json alone."""
+    configs = [read_json(folder / "config.json") for folder in folders]
+    if not configs:
+        sizes = PRESETS["nano"]
+    else:
+        sizes = (
+            config_from_hf(*configs)
+            if len(configs) == 1
+            else vision_config_from_hf(configs[0], mt5_config_from_hf(configs[1]))
+        )
+    with torch.device("meta"):
+        return sum(p.numel() for p in MBLIP(sizes).parameters())
+
+
+def build_mblip(vision: Path, llm: Path, vision_dtype: str | None = None, llm_dtype: str | None = None) -> MBLIP:
+    """mBLIP's start: BLIP-2's ViT, Q-Former and queries, another language model, and a fresh projection between.
+
+    vision, llm: folders in the official layout. Types: as in `load_mblip`.
+    """
+    return load_vision(vision, load_mt5(llm, llm_dtype=llm_dtype), vision_dtype=vision_dtype)
+
+
+def build_start(cfg: Config, folders: tuple[Path, ...]) -> Start:
+    """The model of a resolved config: random or loaded, frozen parts in the types asked for, LoRA added.
+
+    Draws from torch's global generator: the caller seeds it. ValueError for weights that are int8 already where LoRA is to be merged.
+    """
+    rounded = cfg.int8 or cfg.vision_dtype != "fp32"
+    for folder in folders if rounded or cfg.lora != "none" else ():
+        if "quantization_config" in read_json(folder / "config.json"):
+            raise ValueError(
+                f"{folder}: holds int8; LoRA is merged into the weights as they were before: start from those"
+            )
+    llm_dtype = "int8" if cfg.int8 else None
+    if not folders:
+        model = MBLIP(PRESETS["nano"])
+        model.init_weights()
+    elif len(folders) == 1:
+        model = load_mblip(*folders, vision_dtype=cfg.vision_dtype, llm_dtype=llm_dtype)
+    else:
+        model = build_mblip(*folders, cfg.vision_dtype, llm_dtype)
+    source = folders[-1] if folders else ROOT
+    if cfg.lora != "none":
+        add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    image = ImageConfig(size=model.cfg.vit.image_size)
+    bases = folders if len(folders) == 2 else None
+    return Start(model, Tokenizer(source / "spiece.model"), image, source, bases, rounded)
+
+
+def languages_of(cfg: Config, emoji: Emoji) -> tuple[dict[str, float], list[str]]:
+    """The shares of the languages that are trained on, summing to 1, and those that are held out."""
+    mix = parse_lang_mix(cfg.lang_mix, emoji.langs, cfg.lang_alpha)
+    held_out = [parse_lang(word, emoji.langs) for word in cfg.hold_out_langs.split(",") if word.strip()]
+    mix = {lang: p for lang, p in mix.items() if lang not in held_out}
+    if not mix:
+        raise ValueError("--hold_out_langs leaves no language to train on")
+    return {lang: p / sum(mix.values()) for lang, p in mix.items()}, held_out
+
+
+def build_batches(cfg: Config, start: Start, emoji: Emoji, mix: dict[str, float], folder: Path):
+    """Batches of stage 1 and of stage 2, and a line about them: captions and the task mixture of the embedded data, or twice --mixture."""
+    if cfg.mixture:
+        bar = tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False)
+        mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, bar)
+        mixture.keep_identity(folder / "mixture.json")
+        report = folder / "unusable_pictures.tsv"
+        batches = JsonBatches(mixture, start.tokenizer, start.image, cfg.batch, cfg.image_root, report, crop=cfg.crop)
+        return batches, batches, f"{len(mixture):,} examples of {cfg.mixture}"
+    of_tasks = lambda tasks: Batches(
+        Mixture(emoji, mix, parse_tasks(tasks), cfg.seed, share=cfg.data_share), start.tokenizer, start.image, cfg.batch,
+        views=cfg.views, crop=cfg.crop, redraw=cfg.redraw,
+    )  # fmt: skip
+    captions, tasks = of_tasks("caption"), of_tasks(cfg.tasks)
+    pairs = sum(map(len, tasks.mixture.usable.values()))
+    return (
+        captions,
+        tasks,
+        f"{len(tasks.mixture):,} pictures of {len(emoji.concepts)} concepts, {len(mix)} languages, {pairs:,} names",
+    )
