@@ -1,15 +1,17 @@
 """Train nanomblip: `python train.py --lang_mix all`.
 
-Read it top to bottom; it is mBLIP's recipe. Pictures with texts in many languages; a ViT and a Q-Former that were aligned to an English
-language model; another language model, frozen, that knows the languages; a fresh projection between them. Stage 1 warms the projection
-up, stage 2 trains LoRA, projection and Q-Former on a mixture of tasks. Then the model is measured on fixed splits.
+Read it top to bottom; it is mBLIP's recipe. Pictures with texts in many languages; a ViT and a Q-Former that were
+aligned to an English language model; another language model, frozen, that knows the languages; a fresh projection
+between them. Stage 1 warms the projection up, stage 2 trains LoRA, projection and Q-Former on a mixture of tasks.
+Then the model is measured on fixed splits.
 
-Everything goes to out/<name>/: the model in the official layout (config.json, model.safetensors, preprocessor_config.json, spiece.model;
-LoRA merged into the weights), the LoRA alone in adapter/ as PEFT writes it, loss.csv and validation.csv, state.safetensors (to go on
-from), train.json (the config) and record.json (the results).
+Everything goes to out/<name>/: the model in the official layout (config.json, model.safetensors,
+preprocessor_config.json, spiece.model; LoRA merged into the weights), the LoRA alone in adapter/ as PEFT writes it,
+loss.csv and validation.csv, state.safetensors (to go on from), train.json (the config) and record.json (the
+results).
 
-Every random choice is a function of (seed, step), so `--resume out/<name>` ends with the same bits as an uninterrupted run on the same
-machine. Ctrl-C and SIGTERM save and exit.
+Every random choice is a function of (seed, step), so `--resume out/<name>` ends with the same bits as an
+uninterrupted run on the same machine. Ctrl-C and SIGTERM save and exit.
 """
 
 import math
@@ -56,7 +58,8 @@ def main(argv: list[str]) -> int:
     emoji = load_emoji(cfg.concepts)
     mix, held_out = languages_of(cfg, emoji)
 
-    # Model: ViT, Q-Former and queries of one folder, a language model of another, frozen, in int8 and with LoRA, and a fresh projection.
+    # Model: ViT, Q-Former and queries of one folder, a language model of another, frozen, in int8 and with LoRA,
+    # and a fresh projection.
     torch.manual_seed(cfg.seed)
     start = build_start(cfg, sources)
     model, tokenizer, image = start.model.to(device), start.tokenizer, start.image
@@ -120,14 +123,16 @@ def main(argv: list[str]) -> int:
 
     # What it can do now: fixed splits, captions written as in the paper, with five beams.
     progress = tqdm(desc="evaluate", unit="caption", leave=False)
-    results, examples = evaluate(model, tokenizer, image, emoji, (*mix, *held_out), language_id, cfg.eval_pictures,
-                                 MEASUREMENTS if measurable else (), progress, decoding=DECODING["caption"])  # fmt: skip
+    asked, which = (*mix, *held_out), MEASUREMENTS if measurable else ()
+    results, examples = evaluate(model, tokenizer, image, emoji, asked, language_id, cfg.eval_pictures, which, progress,
+                                 decoding=DECODING["caption"])  # fmt: skip
     progress.close()
     if cfg.mixture and (problems := unusable_pictures(mixture.report)):
         print(f"\n{problems}", file=sys.stderr)
     if results:
         print(
-            f"\nexact match in percent, captions of five beams (record.json has every language)\n{table(results, held_out)}\n"
+            "\nexact match in percent, captions of five beams (record.json has every language)\n"
+            f"{table(results, held_out)}\n"
         )
         print("held-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
@@ -139,8 +144,8 @@ def main(argv: list[str]) -> int:
 
 
 class Run:
-    """What the loop works with: the model and how it is fed (`features`, `bf16`), where it stands (`step`, `seconds`), what it writes
-    (`log`, `saver`, `look`), and who may stop it (`interrupt`)."""
+    """What the loop works with: the model and how it is fed (`features`, `bf16`), where it stands (`step`,
+    `seconds`), what it writes (`log`, `saver`, `look`), and who may stop it (`interrupt`)."""
 
     def __init__(self, cfg: Config, model, saver: Saver, device: torch.device):
         self.cfg, self.model, self.saver, self.device = cfg, model, saver, device
@@ -153,7 +158,8 @@ class Run:
             examples_seen=self.step * cfg.accumulate * cfg.batch, final_loss=self.log.recent_mean(1),
             parameters=parameter_count(t for tensors in model_parts(model).values() for t in tensors),
             trained_parameters=sum(p.numel() for p in self.saver.state.trained.values()),
-            torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device=str(self.device),
+            torch=torch.__version__, python=platform.python_version(),
+            threads=torch.get_num_threads(), device=str(self.device),
             model_sha256=digest(model.state_dict()),
             summary={which: dict(zip(("english", "other"), summary(r))) for which, r in results.items()},
             results=results, samples=examples,
@@ -183,8 +189,8 @@ def train(stage: Stage, run: Run) -> None:
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], CLIP)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise ValueError(
-                f"loss {total}, gradient norm {norm:g} at step {run.step}: stopped before the update; start again with lower rates, "
-                f"or look at the pictures {batch['picture'].tolist()[:8]} ..."
+                f"loss {total}, gradient norm {norm:g} at step {run.step}: stopped before the update; "
+                f"start again with lower rates, or look at the pictures {batch['picture'].tolist()[:8]} ..."
             )
         for optimizer in stage.optimizers:
             optimizer.step()

@@ -3,9 +3,9 @@
 The letters used in every shape comment of this package:
 
     B  batch                    Q  learned queries an image        D  language-model width
-    I  images a sample          S  prompt pieces                   H  attention heads
+    I  images a sample          S  prompt tokens                   H  attention heads
     N  visual tokens an image   L  encoder length, I*Q + S         K  width of one head
-    Dv ViT width                T  target pieces                   F  feed-forward width
+    Dv ViT width                T  target tokens                   F  feed-forward width
     Dq Q-Former width           M  keys attended to                V  vocabulary rows
 
 Masks are boolean and True means "attend".

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from nanomblip.data.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
 from nanomblip.data.image import ImageConfig, redraw  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
-from nanomblip.data.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
+from nanomblip.data.prompts import CAPTION, KEYWORDS, NAMING  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.measure.emoji_splits import answer, mean, questions, score  # noqa: E402

@@ -1,8 +1,8 @@
 """Training examples: a picture, an English instruction that names a language, and a text in that language.
 
-mBLIP trains on a mixture of tasks whose prompts stay English while the targets are translated (arXiv 2307.06930, section
-3.2). Here the paper's templates (prompts.py) are filled with what people wrote: the names, keywords and phrases of the
-embedded data (emoji.py). jsonmix.py does the same job for the paper's own data.
+mBLIP trains on a mixture of tasks whose prompts stay English while the targets are translated (arXiv 2307.06930,
+section 3.2). Here the paper's templates (prompts.py) are filled with what people wrote: the names, keywords and
+phrases of the embedded data (emoji.py). json_mixture.py does the same job for the paper's own data.
 
 Every choice (order, language, task, template, crop) is a pure function of (seed, epoch, index): example 12,345 is the
 same whoever asks for it, so the number of loader workers, a resumed run or another batch size cannot change the data.
@@ -21,7 +21,6 @@ from nanomblip.data import prompts
 from nanomblip.data.emoji import Emoji, pair_split, unit_hash
 from nanomblip.data.image import ImageConfig, augment_image, image_to_tensor, redraw
 from nanomblip.data.languages import LANGUAGES
-from nanomblip.data.prompts import CAPTION, EVAL_PROMPT, KEYWORDS, MATCH, NAMING  # noqa: F401, also known from here
 from nanomblip.data.tokenizer import Tokenizer, pad_rows
 
 
@@ -37,8 +36,8 @@ class Example:
     key: str
 
 
-# Each task: (emoji, concept, language, rng, concepts with a usable name in the language) -> (prompt, target), or None where
-# the language has no text for it. NEEDS says which phrases of CLDR it takes.
+# Each task: (emoji, concept, language, rng, concepts with a usable name in the language) -> (prompt, target), or
+# None where the language has no text for it. NEEDS says which phrases of CLDR it takes.
 
 
 def caption(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
@@ -52,15 +51,16 @@ def naming(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list
 
 
 def match(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
-    """Does this caption fit? -> English yes or no. Half of the time it is another concept's name in the same language."""
+    """Does this caption fit? -> English yes or no. Half of the time it is another concept's name in the same
+    language."""
     names, fits, other = emoji.names[lang], rng.random() < 0.5, rng.choice(pool)
     name = names[concept if fits else other]
     return prompts.match(rng, name, name == names[concept])
 
 
 def exists(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: list[str]):
-    """ "Is there a paka?" -> English yes or no: half true, a quarter another thing, a quarter the next one in Unicode's order,
-    in which neighbours are related. The paper's ImageNet task does so with classes."""
+    """ "Is there a paka?" -> English yes or no: half true, a quarter another thing, a quarter the next one in
+    Unicode's order, in which neighbours are related. The paper's ImageNet task does so with classes."""
     names, draw = emoji.names[lang], rng.random()
     other = rng.choice(pool) if draw < 0.75 else pool[(pool.index(concept) + 1) % len(pool)]
     name = names[concept if draw < 0.5 else other]
@@ -113,8 +113,8 @@ def keywords(emoji: Emoji, concept: str, lang: str, rng: random.Random, pool: li
     return (rng.choice(prompts.KEYWORDS).format(L=LANGUAGES[lang].name), ", ".join(words[:4])) if words else None
 
 
-TASKS = {"caption": caption, "naming": naming, "match": match, "choice": choice, "keywords": keywords, "category": category,
-         "question": question, "exists": exists, "yes_no": yes_no}  # fmt: skip
+TASKS = {"caption": caption, "naming": naming, "match": match, "choice": choice, "keywords": keywords,
+         "category": category, "question": question, "exists": exists, "yes_no": yes_no}  # fmt: skip
 NEEDS = {"choice": ("or3",), "question": ("or3",), "category": ("or3", "labels"), "yes_no": ("yes", "no")}
 NOT_EMBEDDED = ("vqa", "reasoning", "explanation", "detail", "conversation")  # the paper's other families
 
@@ -126,7 +126,7 @@ def parse_tasks(spec: str) -> dict[str, float]:
         name, _, number = item.strip().partition(":")
         if name in NOT_EMBEDDED:
             raise ValueError(
-                f"--tasks {spec!r}: nobody wrote texts for {name} about the embedded pictures; give the paper's by --mixture"
+                f"--tasks {spec!r}: nobody wrote texts for {name} about the embedded pictures; give them by --mixture"
             )
         if name not in TASKS or name in weights:
             raise ValueError(f"--tasks {spec!r}: {name!r} is given twice or is none of {', '.join(TASKS)}")
@@ -223,8 +223,8 @@ class Mixture:
         picture = self.cells[self.order(epoch)[i]]
         task = task if task == "caption" or self.available(task, lang) else "caption"
         while True:
-            # Language and task are drawn first and kept, so their shares are exact; a picture whose name is held out in the
-            # language, or that has no text for the task in it, gives way.
+            # Language and task are drawn first and kept, so their shares are exact; a picture whose name is held
+            # out in the language, or that has no text for the task in it, gives way.
             while (concept := self.emoji.cells[picture][0]) not in self.is_usable[lang]:
                 picture = rng.choice(self.cells)
             pair = TASKS[task](self.emoji, concept, lang, rng, self.usable[lang])
@@ -236,9 +236,9 @@ class Mixture:
 class Batches(torch.utils.data.Dataset):
     """Micro-batches of a mixture by number, with prompts and targets of about the same length in each.
 
-    Prompts of the tasks differ in length, and so do names: batches drawn as they come are mostly padding. So `pool` batches' worth of
-    examples are sorted by the prompt's length in steps of eight tokens, then by the target's, cut into batches, and the batches shuffled,
-    again as a function of (seed, pool number).
+    Prompts of the tasks differ in length, and so do names: batches drawn as they come are mostly padding. So `pool`
+    batches' worth of examples are sorted by the prompt's length in steps of eight tokens, then by the target's, cut
+    into batches, and the batches shuffled, again as a function of (seed, pool number).
 
     batch m -> dict of tensors: picture long (B,), view long (B,), prompt long (B, S), labels long (B, T) with -100 as
     padding, and image float32 (B, 1, 3, size, size) unless `views`: then the pictures' features are cached elsewhere in
@@ -247,8 +247,8 @@ class Batches(torch.utils.data.Dataset):
     Process `rank` of `world` has batch m * world + rank of the common stream as its m-th.
     """
 
-    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0, pool: int = 32,
-                 crop: float = 0.5, rank: int = 0, world: int = 1, redraw: float = 0.0):  # fmt: skip
+    def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0,
+                 pool: int = 32, crop: float = 0.5, rank: int = 0, world: int = 1, redraw: float = 0.0):  # fmt: skip
         assert 0 <= rank < world, f"process {rank} of {world}"
         self.mixture, self.tokenizer, self.image = mixture, tokenizer, image
         self.batch, self.views, self.pool, self.crop, self.rank, self.world = batch, views, pool, crop, rank, world

@@ -1,8 +1,10 @@
-"""What mBLIP is asked: the prompt templates of all task families of the paper (arXiv 2307.06930, section 3.2), and their targets.
+"""What mBLIP is asked: the prompt templates of all task families of the paper (arXiv 2307.06930, section 3.2), and
+their targets.
 
-The templates are the model's interface, so they are the paper's, letter by letter, odd spaces and all: {L} is the English name
-of a language, {q} a question, {a} an answer, {c} a caption, {n} the name of a thing. Instructions are English always. The
-target is in the language that the instruction names; yes and no, reasoning and explanation are English, as in the paper.
+The templates are the model's interface, so they are the paper's, letter by letter, odd spaces and all: {L} is the
+English name of a language, {q} a question, {a} an answer, {c} a caption, {n} the name of a thing. Instructions are
+English always. The target is in the language that the instruction names; yes and no, reasoning and explanation are
+English, as in the paper.
 
     family          prompt -> target                                      where its texts come from
     caption         CAPTION -> caption                                    nano: names         full size: COCO, web captions
@@ -15,9 +17,9 @@ target is in the language that the instruction names; yes and no, reasoning and 
     exists          EXISTS around a name -> yes or no                           names                    ImageNet
     detail, conversation   the data set's own question -> its own answer        -                        LLaVA
 
-One function a family turns texts into (prompt, target); mixture.py and jsonmix.py call them. Three slips of the original code
-are not repeated: a prompt that names another language than its target is in, a question whose answer belongs to
-another picture, and "X because X".
+One function a family turns texts into (prompt, target); mixture.py and jsonmix.py call them. Three slips of the
+original code are not repeated: a prompt that names another language than its target is in, a question whose answer
+belongs to another picture, and "X because X".
 """
 
 import random

@@ -64,9 +64,11 @@ def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
-    """The same tokenizer as transformers reads it, without protobuf: contents of tokenizer.json and tokenizer_config.json.
+    """The same tokenizer as transformers reads it, without protobuf: contents of tokenizer.json and
+    tokenizer_config.json.
 
-    image_token: id of the piece "<image>" that transformers puts in place of the picture's vectors, see `layout.config_to_hf`.
+    image_token: id of the piece "<image>" that transformers puts in place of the picture's vectors, see
+    `layout.config_to_hf`.
     """
     pieces, n = tokenizer.pieces, len(tokenizer)
     special = [
@@ -107,8 +109,9 @@ def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
 
 
 def _normalizer(model: bytes) -> tuple[bytes, bool]:
-    """What a SentencePiece model does to a text first: its table of characters (field 2 of its field 3) and whether spaces are squeezed
-    (field 4 there, by default true). The file is a protobuf message: a list of numbered fields, numbers in 7 bits a byte."""
+    """What a SentencePiece model does to a text first: its table of characters (field 2 of its field 3) and whether
+    spaces are squeezed (field 4 there, by default true). The file is a protobuf message: a list of numbered fields,
+    numbers in 7 bits a byte."""
     spec = dict(_fields(dict(_fields(model)).get(3, b"")))
     return spec.get(2, b""), bool(spec.get(4, 1))
 

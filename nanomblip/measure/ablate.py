@@ -1,13 +1,14 @@
-"""One ingredient of mBLIP changed at a time, at nano scale: what the paper claims, what nano shows, whether the two agree.
+"""One ingredient of mBLIP changed at a time: what the paper claims, what nano shows, whether the two agree.
 
-    python -m nanomblip.measure.ablate --suite paper           run what is missing; may be stopped and started again at any moment
-    python -m nanomblip.measure.ablate --suite paper --missing say what is missing, run nothing
-    python -m nanomblip.measure.ablate --table                 rebuild the tables and the plot in README.md from the record files
+    python -m nanomblip.measure.ablate                run what is missing; may be stopped at any moment and called again
+    python -m nanomblip.measure.ablate --missing      say what is missing, run nothing
+    python -m nanomblip.measure.ablate --table        rebuild the tables and the plot in README.md from the records
 
-An experiment is a list of train.py's flags. Each (experiment, seed) is one run of train.py, then of nanomblip.measure.evaluate, as
-separate processes, one at a time; what remains of it is one small file, notebooks/records/EXPERIMENT.SEED.json. A run is done when
-there is a record whose config is the one that would be run now, so that two experiments with the same flags share it, and a
-changed default of train.py makes its records stale. The tables are a function of the record files and of nothing else.
+An experiment is a list of train.py's flags. Each (experiment, seed) is one run of train.py, then of
+nanomblip.measure.evaluate, as separate processes, one at a time; what remains of it is one small file,
+notebooks/records/EXPERIMENT.SEED.json. A run is done when there is a record whose config is the one that would be run
+now; two experiments with the same flags share it, and a changed default of train.py makes its records stale.
+The tables are a function of the record files and of nothing else.
 """
 
 import ctypes
@@ -25,7 +26,8 @@ import torch
 
 from nanomblip.data.emoji import HELD_OUT_LANGS, load_emoji
 from nanomblip.flags import parse_flags, run_main
-from nanomblip.measure.ablation_suites import HERE, TASKS, Config, find_record, flags_of, read_records, resolved
+from nanomblip.measure.ablation_suites import (HERE, TASKS, Config, find_current, flags_of,
+                                                  read_records, resolved, same_run, setting_of)  # fmt: skip
 from nanomblip.measure.ablation_tables import write_tables
 from nanomblip.weights.files import RunLock, read_json, write_json
 from nanomblip.weights.load import load_mblip
@@ -33,7 +35,7 @@ from nanomblip.weights.save import save_mblip
 
 
 def die_with_parent() -> None:
-    """Let the kernel end a child when this process ends, however it ends (Linux); else a killed suite would train on alone."""
+    """Let the kernel end a child with this process (Linux): a killed suite must not train on alone."""
     try:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)
     except (OSError, AttributeError):
@@ -43,9 +45,12 @@ def die_with_parent() -> None:
 def call(words: list[str], log: Path) -> None:
     """Run a Python program to its end; its output goes to `log`. ValueError with its last line when it fails."""
     with open(log, "ab") as file:
-        child = subprocess.Popen([sys.executable, *words], cwd=os.getcwd(), stdout=file, stderr=subprocess.STDOUT, preexec_fn=die_with_parent,
-                                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-                                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])})  # fmt: skip
+        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        child = subprocess.Popen(
+            [sys.executable, *words], cwd=os.getcwd(), env={**os.environ, "PYTHONPATH": path},
+            stdout=file, stderr=subprocess.STDOUT, preexec_fn=die_with_parent,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        )  # fmt: skip
         try:
             status = child.wait()
         except BaseException:  # Ctrl-C or SIGTERM: train.py saves first
@@ -87,7 +92,7 @@ def random_base(source: Path, folder: Path) -> None:
 
 
 def measured(path: Path) -> dict[str, dict[str, float]]:
-    """group -> metric -> mean, from a record of nanomblip.measure.evaluate, with one group more: the eight languages of held-out runs."""
+    """group -> metric -> mean, from a record of measure.evaluate, and one group more: the eight held-out languages."""
     record = read_json(path)
     groups = {
         name: {k: v["mean"] for k, v in row.items() if isinstance(v, dict)} for name, row in record["groups"].items()
@@ -105,28 +110,27 @@ def run(experiment: str, seed: int, cfg: Config, langs: str) -> dict:
     name = f"{experiment}.{seed}"
     folder, log = Path(cfg.out) / name, Path(cfg.out) / f"{name}.log"
     if any(word.endswith("random-qformer-base") for word in flags):
-        source = resolved([])
-        random_base(Path(source.get("vision") or source["blip2"]), Path(cfg.out) / "random-qformer-base")
+        random_base(Path(resolved([])["vision"]), Path(cfg.out) / "random-qformer-base")
     if folder.exists():
         wait_for(folder)
     if folder.exists() and (not (folder / "train.json").exists() or not stored_fits(folder, flags)):
         shutil.rmtree(folder)  # of a kill before anything was saved, or of other flags
     if not (folder / "record.json").exists():
-        start = (
-            ["--resume", str(folder)] if (folder / "train.json").exists() else [*flags, "--out", cfg.out, "--run", name]
-        )
-        call([str(HERE / "train.py"), *start], log)
+        fresh = [*flags, "--out", cfg.out, "--name", name]
+        call([str(HERE / "train.py"), *(["--resume", str(folder)] if (folder / "train.json").exists() else fresh)], log)
     measures = {}
     for what in TASKS.get(experiment, ("caption",)):
         task, _, mask = what.partition("+")
         out = folder / f"{what}.json"
         if not out.exists():
-            call(["-m", "nanomblip.measure.evaluate", "--model", str(folder), "--data", "emoji", "--task", task, "--limit", str(cfg.limit),
-                  "--preset", "greedy", "--langs", langs, "--out", str(out), *(["--force_lang"] if mask else [])], log)  # fmt: skip
+            words = ["-m", "nanomblip.measure.evaluate", "--model", str(folder), "--data", "emoji", "--task", task]
+            words += ["--limit", str(cfg.limit), "--preset", "greedy", "--langs", langs, "--out", str(out)]
+            call([*words, *(["--force_lang"] if mask else [])], log)
         measures[what] = measured(out)
     told = read_json(folder / "record.json")
     kept = {key: told[key] for key in ("seconds", "parameters", "trained_parameters", "final_loss", "torch", "threads")}
-    return dict(experiment=experiment, seed=seed, limit=cfg.limit, config=resolved(flags), **kept, measures=measures)
+    of = dict(experiments=same_run(experiment, seed, cfg), setting=setting_of(cfg), seed=seed, config=resolved(flags))
+    return dict(**of, **kept, measures=measures)
 
 
 def stored_fits(folder: Path, flags: list[str]) -> bool:
@@ -142,11 +146,8 @@ def record_name(experiment: str, seed: int, cfg: Config) -> str:
     """The file name of a record; that of a shortened or changed suite ends in a hash of what is changed."""
     changed = f"{cfg.steps} {cfg.limit} {cfg.extra}"
     usual = f"{Config.steps} {Config.limit} {Config.extra}"
-    return (
-        f"{experiment}.{seed}.json"
-        if changed == usual
-        else f"{experiment}.{seed}.{hashlib.sha256(changed.encode()).hexdigest()[:8]}.json"
-    )
+    mark = "" if changed == usual else f".{hashlib.sha256(changed.encode()).hexdigest()[:8]}"
+    return f"{experiment}.{seed}{mark}.json"
 
 
 def time_left(seconds: float) -> str:
@@ -161,50 +162,32 @@ def stop(number, frame):
 def run_suite(cfg: Config) -> int:
     """Run what is missing, one process at a time; returns the exit status."""
     records_folder, out = Path(cfg.records), Path(cfg.out)
-    records, missing, impossible = read_records(records_folder), [], []
-    for experiment in cfg.experiments():
-        try:
-            missing += [
-                (experiment, seed) for seed in range(cfg.seeds) if find_record(experiment, seed, cfg, records) is None
-            ]
-        except ValueError as error:
-            impossible.append(str(error))
-    for problem in impossible:
-        print(f"left out: {problem}", file=sys.stderr)
-    total = cfg.seeds * (len(cfg.experiments()) - len(impossible))
-    print(
-        f"{total - len(missing)} of {total} runs are done, {len(missing)} are missing"
-        + (":" if cfg.missing and missing else ""),
-        flush=True,
-    )
+    pairs = [(experiment, seed) for experiment in cfg.experiments() for seed in range(cfg.seeds)]
+    not_done = lambda: [pair for pair in pairs if find_current(*pair, cfg, read_records(records_folder)) is None]
+    missing = not_done()
+    print(f"{len(pairs) - len(missing)} of {len(pairs)} runs are done, {len(missing)} are missing", flush=True)
     if cfg.missing:
-        print(
-            "\n".join(
-                f"  {experiment}, seed {seed}: train.py {' '.join(flags_of(experiment, seed, cfg))}"
-                for experiment, seed in missing
-            )
-        )
+        for experiment, seed in missing:
+            print(f"  {experiment}, seed {seed}: train.py {' '.join(flags_of(experiment, seed, cfg))}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     records_folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(out)  # noqa: F841, one suite at a time
     signal.signal(signal.SIGTERM, stop)
     langs, spent = ",".join(load_emoji("core").langs), []
-    for experiment, seed in missing:
-        records = read_records(records_folder)
-        if (
-            find_record(experiment, seed, cfg, records) is not None
-        ):  # an experiment with the same flags has just been run
-            continue
-        left = [pair for pair in missing if find_record(*pair, cfg, records) is None]
-        guess = f", about {time_left(statistics.mean(spent) * len(left))} left" if spent else ""
-        print(f"{total - len(left)} of {total} done{guess}; now {experiment}, seed {seed}", flush=True)
+    while missing:  # a run may be that of several experiments, so what is left is asked again each time
+        experiment, seed = missing[0]
+        guess = f", about {time_left(statistics.mean(spent) * len(missing))} left" if spent else ""
+        print(f"{len(pairs) - len(missing)} of {len(pairs)} done{guess}; now {experiment}, seed {seed}", flush=True)
         started = time.time()
         record = run(experiment, seed, cfg, langs)
         write_json(records_folder / record_name(experiment, seed, cfg), record)
         shutil.rmtree(out / f"{experiment}.{seed}")
         spent.append(time.time() - started)
-    print(f"{total} of {total} done; the tables: python -m nanomblip.measure.ablate --suite {cfg.suite} --table")
+        missing = not_done()
+    print(
+        f"{len(pairs)} of {len(pairs)} done; the tables: python -m nanomblip.measure.ablate --suite {cfg.suite} --table"
+    )
     return 0
 
 

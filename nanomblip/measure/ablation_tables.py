@@ -5,73 +5,74 @@ import os
 import statistics
 from pathlib import Path
 
-from nanomblip.measure.ablation_suites import BEGIN, END, Config, Suite, find_record, read_records, resolved
+from nanomblip.measure.ablation_suites import BEGIN, END, Config, Suite, find_record, read_records, settings_of
 from nanomblip.weights.files import write_atomic
 
 
-def values_of(row: str, suite: Suite, cfg: Config, records: list[dict]) -> tuple[list[float], list[dict]]:
+def values_of(row: str, suite: Suite, setting: str, records: list[dict]) -> tuple[list[float], list[dict]]:
     """The measure of a row for each seed that has a record, and these records."""
     task, group, metric = suite.measure
     experiment, _, mask = row.partition("+")
     found = []
-    for seed in range(cfg.seeds):
-        try:
-            record = find_record(experiment, seed, cfg, records)
-        except ValueError:
-            break
+    for seed in sorted({record["seed"] for record in records}):
+        record = find_record(experiment, seed, setting, records)
         what = f"{task}+mask" if mask else task
         if record is not None and metric in record["measures"].get(what, {}).get(group, {}):
             found.append((record["measures"][what][group][metric], record))
     return [value for value, _ in found], [record for _, record in found]
 
 
-def verdict(base: list[float], other: list[float], expect: str) -> str:
-    """Does a difference agree with "lower", "higher" or "same"? One is seen when it exceeds two standard errors of it.
+def verdict(base: list[float], other: list[float], expect: str, smallest: float) -> str:
+    """Does a difference agree with "lower", "higher" or "same"? One counts when it exceeds two standard errors of it
+    and `smallest` percentage points.
 
-    The standard error is from the deviation over seeds on both sides; with a single seed on either side nothing is concluded.
+    The standard error is from the standard deviation over seeds on both sides; with a single seed on either side
+    nothing is concluded.
     """
     if len(base) < 2 or len(other) < 2:
         return "one seed: open"
     difference = statistics.mean(other) - statistics.mean(base)
     error = math.sqrt(statistics.variance(base) / len(base) + statistics.variance(other) / len(other))
-    seen = "same" if abs(difference) <= 2 * error else "lower" if difference < 0 else "higher"
-    return "agrees" if seen == expect else "no difference seen" if seen == "same" else "disagrees"
+    significant, large = abs(difference) > 2 * error, 100 * abs(difference) >= smallest
+    if not (significant and large):
+        return "agrees" if expect == "same" else f"below {smallest:g} points" if significant else "not significant"
+    return "agrees" if expect == ("lower" if difference < 0 else "higher") else "disagrees"
 
 
-def suite_table(name: str, suite: Suite, cfg: Config, records: list[dict]) -> list[str]:
-    """The lines of one suite's markdown table."""
+def suite_table(suite: Suite, setting: str, records: list[dict]) -> list[str]:
+    """The lines of one suite's markdown table; rows that were not run are said to be so."""
     task, group, metric = suite.measure
-    lines = [f"**{suite.title}.** Measured: {metric.replace('_', ' ')} of {task}s in percent, {group}. Paper: {suite.claim}.", "",
+    measured = f"{metric.replace('_', ' ')} of {task}s in percent, {group.replace('all other', 'other languages')}"
+    lines = [f"**{suite.title}.** Measured: {measured}. Paper: {suite.claim}.", "",
              "| experiment | trained parameters | seconds | seeds | measure | difference | nano and the paper |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    base, _ = values_of(suite.rows[0], suite, cfg, records)
+    base, _ = values_of(suite.rows[0], suite, setting, records)
     for row in suite.rows:
-        values, of = values_of(row, suite, cfg, records)
+        values, of = values_of(row, suite, setting, records)
         if not values:
             lines.append(f"| {row} | - | - | 0 | not run | - | - |")
             continue
         spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else " (single seed)"
         first = row == suite.rows[0]
         difference = "-" if first or not base else f"{100 * (statistics.mean(values) - statistics.mean(base)):+.1f}"
-        judged = "reference" if first else verdict(base, values, suite.expect) if base else "-"
+        judged = "reference" if first else verdict(base, values, suite.expect, suite.smallest) if base else "-"
         cost = f"{of[0]['trained_parameters']:,} | {statistics.mean(r['seconds'] for r in of):.0f}"
-        lines.append(
-            f"| {row} | {cost} | {len(values)} | {100 * statistics.mean(values):.1f}{spread} | {difference} | {judged} |"
-        )
+        mean = f"{100 * statistics.mean(values):.1f}{spread}"
+        lines.append(f"| {row} | {cost} | {len(values)} | {mean} | {difference} | {judged} |")
     return [*lines, ""]
 
 
-def tables(cfg: Config, records: list[dict]) -> str:
-    """All tables as markdown, a function of the records alone."""
-    steps = cfg.steps or resolved([])["steps"]
-    head = (f"At nano scale ({steps:,} steps, {cfg.limit} held-out pictures a language, mean and deviation over seeds; chrf is a "
-            f"character F-score). A difference is called one when it exceeds twice its standard error over seeds.")  # fmt: skip
-    return "\n".join(
-        [head, "", *(line for name, suite in cfg.suites().items() for line in suite_table(name, suite, cfg, records))]
+def tables(cfg: Config, setting: str, records: list[dict]) -> str:
+    """All tables as markdown, a function of the records of one setting alone."""
+    head = (
+        f"At nano scale ({setting}; mean and standard deviation over seeds; chrf is a character F-score). A difference "
+        "counts when it exceeds twice its standard error over seeds and a smallest difference worth speaking of: "
+        "3 percentage points, or as the table says."
     )
+    return "\n".join([head, "", *(line for s in cfg.suites().values() for line in suite_table(s, setting, records))])
 
 
-def plot(cfg: Config, records: list[dict], path: Path) -> bool:
+def plot(cfg: Config, setting: str, records: list[dict], path: Path) -> bool:
     """Every row's difference to its reference, a point a seed; False when there is nothing to show."""
     import matplotlib
 
@@ -80,9 +81,9 @@ def plot(cfg: Config, records: list[dict], path: Path) -> bool:
 
     rows = []
     for suite in cfg.suites().values():
-        base, _ = values_of(suite.rows[0], suite, cfg, records)
+        base, _ = values_of(suite.rows[0], suite, setting, records)
         for row in suite.rows[1:]:
-            values, _ = values_of(row, suite, cfg, records)
+            values, _ = values_of(row, suite, setting, records)
             if base and values:
                 label = f"{row} ({', '.join(suite.measure).replace('_', ' ')})"
                 rows.append((label, [100 * (v - statistics.mean(base)) for v in values]))
@@ -95,7 +96,7 @@ def plot(cfg: Config, records: list[dict], path: Path) -> bool:
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("difference to the reference in points; grey: single seeds")
+    axes.set_xlabel("difference to the reference in percentage points; grey: single seeds")
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
@@ -109,9 +110,9 @@ def write_tables(cfg: Config) -> int:
     start, end = text.find(BEGIN), text.find(END)
     if not 0 <= start < end or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"--readme {readme}: needs the lines {BEGIN} and {END}, once each, in this order")
-    content = tables(cfg, records)
-    picture = Path(cfg.records) / "ablations.png"
-    if plot(cfg, records, picture):
+    setting = cfg.setting or next(iter(settings_of(records)), "no record yet")
+    content, picture = tables(cfg, setting, records), Path(cfg.records) / "ablations.png"
+    if plot(cfg, setting, records, picture):
         content += f"\n![Differences to the reference of each suite]({os.path.relpath(picture, readme.parent)})\n"
     whole = f"{text[:start]}{BEGIN}\n{content}\n{text[end:]}"
     write_atomic(readme, lambda path: path.write_text(whole, encoding="utf-8"))

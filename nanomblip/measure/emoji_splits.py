@@ -45,12 +45,12 @@ def questions(emoji: Emoji, which: str, langs, limit: int) -> list[tuple[int, st
 
 
 @torch.no_grad()
-def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji, items, batch: int = 256, progress=None, masks=None,
-           decoding: Decoding = GREEDY):  # fmt: skip
+def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji, items, batch: int = 256,
+           progress=None, masks=None, decoding: Decoding = GREEDY):  # fmt: skip
     """Captions for (picture, language) items, greedy unless told otherwise: a list of strings in the same order.
 
-    Each picture goes through the ViT once, however many languages ask for it. masks: language -> pieces that it may use,
-    as in fidelity.py; None = all.
+    Each picture goes through the ViT once, however many languages ask for it. masks: language -> tokens that it may
+    use, as in fidelity.py; None = all.
     """
     model.eval()
     device = model.queries.device
@@ -164,7 +164,7 @@ def summary(of_language: dict) -> tuple[dict, dict]:
 
 
 class Validation:
-    """A look at the validation slice every so many steps of a training (0 = never), greedy, five pictures a language but English."""
+    """A look at the validation slice every so many steps of a training (0 = never): greedy, five pictures a language."""
 
     COLUMNS = ("step", "english_exact", "other_exact", "other_in_language")
 

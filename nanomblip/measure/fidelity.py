@@ -1,20 +1,21 @@
-"""Language fidelity: how much of a text is in the script that was asked for, and how to make a model stay in a language.
+"""Language fidelity: how much of a text is in the script that was asked for, and how to make a model stay in a
+language.
 
 Asked for Tamil, multilingual vision-language models like to answer in English: the paper leaves the problem open, and
-later ones score such answers as zero. The cheapest cure needs no training. Before each step of decoding, the pieces that
-the language cannot use are forbidden (`generate(allowed=...)`). Which those are is found once, as a mask over the
+later ones score such answers as zero. The cheapest cure needs no training. Before each step of decoding, the pieces
+that the language cannot use are forbidden (`generate(allowed=...)`). Which those are is found once, as a mask over the
 vocabulary (`language_pieces`), in one of two ways:
 
-- vocabulary: the pieces into which the language's names, keywords and phrases of the embedded data fall, as far as they are
-  in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it too: the
-  language model has read them as text, only no picture of them, and the mask knows no pictures either.
+- vocabulary: the pieces into which the language's names, keywords and phrases of the embedded data fall, as far as they
+  are in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it too:
+  the language model has read them as text, only no picture of them, and the mask knows no pictures either.
 - script: the pieces whose letters belong to the language's scripts. For a tokenizer of 250,100 pieces. Where
   languages share a script (57 use Latin) the letters must also occur in texts of that language: ß for German, not for
   English. It tells Thai from English surely, German from English hardly.
 
-With nano's masks 99.9 % of the names can still be written in their own language, and of the core English names 34 % in another
-Latin language, none in any other script. And a mask can only forbid: a model that does not know the word in Tamil now
-writes another Tamil word, or digits, which all languages share. So it is measured, on and off.
+With nano's masks 99.9 % of the names can still be written in their own language, and of the core English names 34 % in
+another Latin language, none in any other script. And a mask can only forbid: a model that does not know the word in
+Tamil now writes another Tamil word, or digits, which all languages share. So it is measured, on and off.
 """
 
 import math
@@ -41,8 +42,8 @@ SCRIPT_WORDS = {
 
 @cache
 def script_of(char: str) -> str | None:
-    """The ISO 15924 code of a letter's or mark's script; "Zyyy" for another script, None for what belongs to all of them
-    (digits, punctuation, spaces, symbols, combining accents)."""
+    """The ISO 15924 code of a letter's or mark's script; "Zyyy" for another script, None for what belongs to all of
+    them (digits, punctuation, spaces, symbols, combining accents)."""
     if unicodedata.category(char)[0] not in "LM":
         return None
     words = unicodedata.name(char, "UNKNOWN").split()

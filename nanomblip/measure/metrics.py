@@ -6,8 +6,8 @@
     chrf                          character F-score (Popovic 2015), which gives credit for half a name in any script
     interval                      how far a mean could be off, by the bootstrap (Efron 1979)
 
-CIDEr counts words, so it stands and falls with what a word is (`caption_tokens`). Chinese, Japanese and Thai write none:
-taken as it is, a sentence is a single word and the score is zero or luck.
+CIDEr counts words, so it stands and falls with what a word is (`caption_tokens`). Chinese, Japanese and Thai write
+none: taken as it is, a sentence is a single word and the score is zero or luck.
 """
 
 import math
@@ -30,7 +30,7 @@ def exact_match(answer: str, label: str) -> bool:
 
 
 def relaxed_match(answer: str, label: str) -> bool:
-    """Does the answer start or end with the label? "Yes, it does." counts as "yes", and "noon" as "no": it is the paper's."""
+    """Does the answer start or end with the label? So "Yes, it does." is "yes", and "noon" is "no": the paper's rule."""
     answer, label = normal(answer), normal(label)
     return bool(label) and (answer.startswith(label) or answer.endswith(label))
 
@@ -67,13 +67,17 @@ _DIGITS = dict(
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
-# Contractions that the VQA tool mends when their apostrophe was left out: each form with one of its apostrophes missing.
-_CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
-'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
-someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
-they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+# Contractions that the VQA tool mends when their apostrophe was left out: each form with one of its apostrophes
+# missing.
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
 CONTRACTIONS = {form[:i] + form[i + 1 :]: form for form in _CONTRACTED.split() for i, c in enumerate(form) if c == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # a slip in the tool; scores are only comparable with it
 
@@ -81,8 +85,9 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # a slip in the tool; scores are only 
 def vqa_normal(text: str) -> str:
     """The form in which VQA answers are compared, as the official tool makes it, slips included.
 
-    Punctuation is removed where it touches a space (or anywhere, in a text with a number such as 1,000) and else becomes a
-    space; full stops go unless a digit follows; number words up to ten become digits; articles go; "dont" becomes "don't".
+    Punctuation is removed where it touches a space (or anywhere, in a text with a number such as 1,000) and else
+    becomes a space; full stops go unless a digit follows; number words up to ten become digits; articles go; "dont"
+    becomes "don't".
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     thousands = re.search(r"\d,\d", text) is not None
@@ -99,14 +104,15 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
 
         mean over people p of min(1, matches among the others / 3)
 
-    Both sides are normalised, always. The versions of the official tool differ in that: none touches the people's answers
-    where all agree, some leave number words and articles in them. On VQAv2's clean answers it is the same.
+    Both sides are normalised, always. The versions of the official tool differ in that: none touches the people's
+    answers where all agree, some leave number words and articles in them. On VQAv2's clean answers it is the same.
     """
     if not answers:
         raise ValueError("VQA accuracy needs at least one human answer")
     answer, n = vqa_normal(answer), len(answers)
     right = sum(vqa_normal(human) == answer for human in answers)
-    # Leave-one-out needs no loop: right people see right - 1 matches among the others, the n - right wrong ones see right.
+    # Leave-one-out needs no loop: right people see right - 1 matches among the others, the n - right wrong ones see
+    # right.
     return (right * min(1, (right - 1) / 3) + (n - right) * min(1, right / 3)) / n
 
 
@@ -122,12 +128,13 @@ UNSPACED = ("km", "lo", "my")  # no segmenter is agreed on here
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text that writes spaces, without punctuation: close to the Penn Treebank tokenizer of COCO's tools.
+    """Lower-case words of a text that writes spaces, without punctuation: close to the Penn Treebank tokenizer of
+    COCO's tools.
 
-    Marks inside a word or number stay (t-shirt, l'homme, 3.5, 5:30, and/or); English clitics are words (is n't, man 's); %, $
-    and other symbols too. On 92.7 % of the embedded names the two agree. They do not where that tokenizer harms what it was not
-    made for: it drops the vowel signs of Kannada, Khmer, Burmese and others, keeps the full stops of other scripts and
-    makes brackets the word "-lrb-".
+    Marks inside a word or number stay (t-shirt, l'homme, 3.5, 5:30, and/or); English clitics are words (is n't, man
+    's); %, $ and other symbols too. On 92.7 % of the embedded names the two agree. They do not where that tokenizer
+    harms what it was not made for: it drops the vowel signs of Kannada, Khmer, Burmese and others, keeps the full stops
+    of other scripts and makes brackets the word "-lrb-".
     """
     text = unicodedata.normalize("NFC", text).lower().translate(_QUOTES)
     kinds = [unicodedata.category(c)[0] for c in text]
@@ -185,7 +192,7 @@ def caption_tokens(text: str, lang: str) -> list[str]:
 
 
 def cider_name(lang: str) -> str:
-    """What CIDEr of a language may be called here: "cider", or "cider_characters" where its segmenter is not installed."""
+    """What a language's CIDEr may be called: "cider", or "cider_characters" where its segmenter is not installed."""
     return "cider" if segmenter(lang)[1] == "words" else "cider_characters"
 
 
@@ -204,10 +211,11 @@ def cider(answers: list[list[str]], references: list[list[list[str]]]) -> list[f
 
         10 * mean over references r, mean over n = 1..4 of  exp(-(l_a - l_r)^2 / 2 sigma^2) * min(a, r) . r / (|a| |r|)
 
-    a, r: vectors of count * idf over the n-grams of answer and reference, with sigma 6 and idf = log(images) - log(images whose
-    references have the n-gram). answers: tokens of one caption an image; references: tokens of each reference of it.
-    The idf comes from these very references: scores on different sets of images cannot be compared, and a single image
-    always scores 0. The lengths l count bigrams, one less than words; that is how the reference code has it.
+    a, r: vectors of count * idf over the n-grams of answer and reference, with sigma 6 and idf = log(images) -
+    log(images whose references have the n-gram). answers: tokens of one caption an image; references: tokens of each
+    reference of it. The idf comes from these very references: scores on different sets of images cannot be compared,
+    and a single image always scores 0. The lengths l count bigrams, one less than words; that is how the reference code
+    has it.
     """
     assert len(answers) == len(references), f"{len(answers)} answers, {len(references)} lists of references"
     if any(not refs for refs in references):
@@ -243,7 +251,8 @@ def cider(answers: list[list[str]], references: list[list[list[str]]]) -> list[f
 
 
 def chrf(answer: str, label: str, order: int = 6, beta: float = 2.0) -> float:
-    """Character F-score in 0..1: precision and recall of character n-grams, n = 1..order, recall beta times as important.
+    """Character F-score in 0..1: precision and recall of character n-grams, n = 1..order, recall beta times as
+    important.
 
         F = (1 + beta^2) P R / (beta^2 P + R),   P, R: means over the n for which both texts have n-grams
 

@@ -1,17 +1,18 @@
 """LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): linear layers whose frozen weight takes a byte a number.
 
-Each row of W (one output) is scaled by its largest magnitude and rounded to -127..127, each row of x (one piece) likewise:
+Each row of W (one output) is scaled by its largest magnitude and rounded to -127..127, each row of x (one token)
+likewise:
 
     W ~ SCB / 127 * CB           y = (s_x / 127) (SCB / 127) (q_x CB^T) + b        q_x CB^T summed exactly, in int32
 
-One large number in a row of x would push all the others of the row towards 0, and transformers do have such numbers, always
-in the same few columns. So the columns of x in which some magnitude reaches the threshold (6.0) are left out of q_x and multiplied in
-floating point with the same columns of the dequantised W.
+One large number in a row of x would push all the others of the row towards 0, and transformers do have such numbers,
+always in the same few columns. So the columns of x in which some magnitude reaches the threshold (6.0) are left out of
+q_x and multiplied in floating point with the same columns of the dequantised W.
 
 With threshold 0 every column is left out: the weight alone is in int8.
 
-The sum of codes q_x CB^T is where the time goes, and it is exact. The fast ways to compute it, with the same result to the bit, are in
-int8_kernels.py; `int8_path("reference")` takes the readable one everywhere.
+The sum of codes q_x CB^T is where the time goes, and it is exact. The fast ways to compute it, with the same result to
+the bit, are in int8_kernels.py; `int8_path("reference")` takes the readable one everywhere.
 """
 
 import torch
@@ -37,11 +38,12 @@ def quantize_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer in int8; x float (..., in) -> (..., out) in x's type. It trains nothing, but gradients pass to x.
+    """A frozen linear layer in int8; x float (..., in) -> (..., out) in x's type. It trains nothing, but gradients pass
+    to x.
 
-    Parts: `weight` int8 (out, in) and `SCB` float32 (out,), named as bitsandbytes names them, and the bias as it was. The weight is rounded
-    to fp16 first: so CB and SCB are those of bitsandbytes to the bit. threshold: above. ValueError for a weight that is not
-    finite (in fp16), for x that is not, and for a negative threshold.
+    Parts: `weight` int8 (out, in) and `SCB` float32 (out,), named as bitsandbytes names them, and the bias as it was.
+    The weight is rounded to fp16 first: so CB and SCB are those of bitsandbytes to the bit. threshold: above.
+    ValueError for a weight that is not finite (in fp16), for x that is not, and for a negative threshold.
     """
 
     def __init__(self, linear: nn.Linear, threshold: float = THRESHOLD):
@@ -53,9 +55,11 @@ class Int8Linear(nn.Module):
     def from_tensors(
         cls, weight: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None = None, threshold: float = THRESHOLD
     ):
-        """A layer from codes and scales that exist already: weight int8 (out, in), SCB float32 (out,), bias float (out,) or None.
+        """A layer from codes and scales that exist already: weight int8 (out, in), SCB float32 (out,), bias float
+        (out,) or None.
 
-        The tensors are taken as they are, not copied. ValueError where a type or a shape is another, or a scale is negative or not finite.
+        The tensors are taken as they are, not copied. ValueError where a type or a shape is another, or a scale is
+        negative or not finite.
         """
         if weight.dtype != torch.int8 or weight.ndim != 2:
             raise ValueError(f"int8: weight is int8 (out, in), not {weight.dtype} {tuple(weight.shape)}")
@@ -99,7 +103,7 @@ class Int8Linear(nn.Module):
         self._buffers["weight"], self.SCB = weight, SCB
 
     def pack(self) -> None:
-        """Keep the codes in FBGEMM's order from now on, until somebody asks for `weight`; nothing happens where FBGEMM is missing."""
+        """Keep the codes in FBGEMM's order until somebody asks for `weight`; nothing happens where FBGEMM is missing."""
         if (
             self.packed is None
             and kernels.fbgemm_halves()
@@ -128,7 +132,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor, often: bool = True) -> torch.Tensor:
-        """x (M, in) -> (M, out) without the bias; often: whether more such products may follow before anybody asks for `weight`."""
+        """x (M, in) -> (M, out) without the bias; often: may more such products follow before `weight` is asked for?"""
         few = len(x) <= kernels.FEW_ROWS
         if kernels.path == "fast" and often and self.packed is None and few:
             self.short_rows += len(x)
@@ -159,8 +163,9 @@ class _Product(torch.autograd.Function):
 def find_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
     """Columns of x (M, in) in which some magnitude reaches the threshold: bool (in,). ValueError where x is not finite.
 
-    If these are more than half, all are: the rest would not be worth a product of its own. In T5 this happens before `wo`, which reads
-    what no norm has scaled (in nano's mT0 half of its columns reach 6, and none of those of q, k, v and o).
+    If these are more than half, all are: the rest would not be worth a product of its own. In T5 this happens before
+    `wo`, which reads what no norm has scaled (in nano's mT0 half of its columns reach 6, and none of those of q, k, v
+    and o).
     """
     largest = x.abs().amax(0)
     if not largest.isfinite().all():
@@ -172,7 +177,7 @@ def find_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The equation at the top, without the bias: x float (M, in), weight int8 (out, in), scale (out,) -> (M, out) in x's type."""
+    """The equation at the top without the bias: x float (M, in), weight int8 (out, in), scale (out,) -> (M, out)."""
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
     outlier = find_outliers(x, threshold)  # (in,)
@@ -195,8 +200,8 @@ def short_product(
 ) -> torch.Tensor:
     """`int8_product` for few rows or packed codes; columns: the outliers' columns that the layer keeps.
 
-    Of many outliers no column is taken: their part of x is said in three int8 digits instead, each the rounded rest of what the digits
-    before could not say. Half a 127^3th of a row's largest number is as exact as fp32.
+    Of many outliers no column is taken: their part of x is said in three int8 digits instead, each the rounded rest of
+    what the digits before could not say. Half a 127^3th of a row's largest number is as exact as fp32.
     """
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
@@ -214,10 +219,11 @@ def short_product(
 
 
 def quantize_linears(model: nn.Module, skip: tuple[str, ...] = (), threshold: float = THRESHOLD) -> int:
-    """Replace every linear layer of a model by an Int8Linear, but those whose name (the last part of their path) is in `skip`.
+    """Replace every linear layer of a model by an Int8Linear, but those whose name (the last part of their path) is in
+    `skip`.
 
-    By default `wo` and the head go too, which transformers leaves in floats. Measured on nano, captions of held-out batches, the whole
-    language model in int8 against floats, and what fp32 would take for mT0-XL:
+    By default `wo` and the head go too, which transformers leaves in floats. Measured on nano, captions of held-out
+    batches, the whole language model in int8 against floats, and what fp32 would take for mT0-XL:
 
                             KL of the answers    argmax changed    mT0-XL, linear layers
         all                 0.0011 nats          1.4 %              3.2 GB
@@ -228,8 +234,8 @@ def quantize_linears(model: nn.Module, skip: tuple[str, ...] = (), threshold: fl
 
     On a nano whose activations had grown to 10,000 (weights/README.md) all of them were five to ten times as large.
 
-    Add LoRA afterwards, around the int8 layers. Returns the bytes saved. ValueError, and an untouched model, if there is nothing to replace, a
-    name in `skip` matches nothing, a weight is not finite, or the model is quantised already.
+    Add LoRA afterwards, around the int8 layers. Returns the bytes saved. ValueError, and an untouched model, if there
+    is nothing to replace, a name in `skip` matches nothing, a weight is not finite, or the model is quantised already.
     """
     if any(isinstance(m, Int8Linear) for m in model.modules()):
         raise ValueError("the model is quantised already")

@@ -3,10 +3,11 @@
 The sum of codes is exact, so different processors can compute it in different ways with the
 same result to the bit. `code_product` is the readable one; `int8_path("reference")` takes it everywhere. The others:
 
-- Few rows (a model writing text, one row a beam) wait for the weights' bytes alone. FBGEMM's int8 kernel, which torch ships for x86, reads
-  them once, from an order of its own. To put the codes into that order costs what it saves in about 130 products of one row or 35 of
-  five, so a layer does it when it has been asked for few rows often enough. It then keeps no others: memory stays a byte a number. Whoever
-  asks for `weight` (a backward pass, a file) gets the codes back.
+- Few rows (a model writing text, one row a beam) wait for the weights' bytes alone. FBGEMM's int8 kernel, which torch
+  ships for x86, reads them once, from an order of its own. To put the codes into that order costs what it saves in
+  about 130 products of one row or 35 of five, so a layer does it when it has been asked for few rows often enough. It
+  then keeps no others: memory stays a byte a number. Whoever asks for `weight` (a backward pass, a file) gets the codes
+  back.
 - Many rows (training, an encoder) are oneDNN's int8 product where the processor has AVX-512 VNNI.
 - Elsewhere fp32 products, over 1,024 columns at a time: up to there (127^2 * 1024 < 2^24) fp32 counts exactly as well.
 - On CUDA bitsandbytes' product of the codes.
@@ -18,8 +19,9 @@ A 2048 -> 5120 layer on one AVX-512 core, how many times faster than fp32 (`test
     in FBGEMM's order      3.0   5.7   5.1   6.1   7.5   5.5   4.3   3.4   3.7   4.7   3.2
     gradient of x          1.0   1.6   1.2   0.9   1.0   0.8   0.8   1.9   1.9   2.6   2.2
 
-Without VNNI the two x86 kernels add pairs of products in 16 bits, which overflow: an operator is used only where it has just shown that it
-counts correctly. FBGEMM can then still do it in two halves, q_x = max(q_x, 0) - max(-q_x, 0), each with 7 bits.
+Without VNNI the two x86 kernels add pairs of products in 16 bits, which overflow: an operator is used only where it has
+just shown that it counts correctly. FBGEMM can then still do it in two halves, q_x = max(q_x, 0) - max(-q_x, 0), each
+with 7 bits.
 """
 
 import warnings
@@ -88,7 +90,7 @@ def _bitsandbytes_product(q, weight):
 
 @lru_cache
 def has_int_mm() -> bool:
-    """Whether torch's int8 product is fast here (AVX-512 VNNI; without, it is slower than fp32) and counts correctly."""
+    """Is torch's int8 product fast here (with AVX-512 VNNI; without, it is slower than fp32), and correct?"""
     q, weight = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 64), 127, dtype=torch.int8)
     try:
         return torch.cpu._is_vnni_supported() and all(
@@ -113,8 +115,8 @@ def unpack(packed) -> torch.Tensor:
 def _fbgemm_product(q, packed, halves: int):
     """q int8 (M, in) times packed codes: float32 (M, out), the exact sums.
 
-    FBGEMM takes floats and rounds them to 256 steps between the smallest and the largest of them all. One more row sees to it that these
-    steps are the whole numbers, so that codes stay what they are.
+    FBGEMM takes floats and rounds them to 256 steps between the smallest and the largest of them all. One more row sees
+    to it that these steps are the whole numbers, so that codes stay what they are.
     """
     low, high = (-127.0, 128.0) if halves == 1 else (0.0, 255.0)
     rows = torch.cat([q.float()] if halves == 1 else [q.clamp(min=0).float(), (-q).clamp(min=0).float()])
@@ -126,7 +128,7 @@ def _fbgemm_product(q, packed, halves: int):
 
 @lru_cache
 def fbgemm_halves() -> int:
-    """How FBGEMM counts correctly here: 1 = as it is (with VNNI), 2 = in two halves (without), 0 = not at all, or it is missing."""
+    """How FBGEMM counts correctly here: 1 = as it is (with VNNI), 2 = in two halves (without), 0 = not at all."""
     q = torch.tensor([[127], [-127]], dtype=torch.int8).expand(2, 64)
     try:
         packed = pack(torch.full((64, 64), 127, dtype=torch.int8))
@@ -143,9 +145,10 @@ def short_product(
 ) -> torch.Tensor:
     """The equation of int8.py for few rows or packed codes: x float (M, in) -> float (M, out).
 
-    parts: pairs of codes (M, in) and row scales (M,) whose sum says x, but for the columns `outliers`. To take those out of the weight's
-    codes takes longer than the product itself, or is impossible. As they are always the same few columns, they are kept in `columns`;
-    those that are not there yet the product fetches, by a row for each, which is 1 there and 0 elsewhere.
+    parts: pairs of codes (M, in) and row scales (M,) whose sum says x, but for the columns `outliers`. To take those
+    out of the weight's codes takes longer than the product itself, or is impossible. As they are always the same few
+    columns, they are kept in `columns`; those that are not there yet the product fetches, by a row for each, which is 1
+    there and 0 elsewhere.
     """
     product = lambda q: (
         code_product(q, codes) if isinstance(codes, torch.Tensor) else _fbgemm_product(q, codes, fbgemm_halves())
@@ -166,7 +169,8 @@ def short_product(
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """grad float (M, out) times the dequantised weight (out, in): (M, in) in grad's type.
 
-    Many rows in bf16 on a CPU that multiplies it fast: twice as fast as fp32, with an error of 0.2 %, a fraction of what rounding W cost.
+    Many rows in bf16 on a CPU that multiplies it fast: twice as fast as fp32, with an error of 0.2 %, a fraction of
+    what rounding W cost.
     """
     if path == "reference":
         return (grad.float() @ (weight.float() * (scale / 127)[:, None])).to(grad.dtype)

@@ -2,9 +2,9 @@
 
     y = W x + s B A dropout(x)        A (r, in), B (out, r),  s = alpha / r
 
-W stays as it is. B starts at zero, so that at first nothing changes; A starts at random, so that B has something to learn
-from. Of mT0-XL's 3.7 billion parameters 17.7 million are trained in this way at r = 8, half a percent. rsLoRA (Kalajdzievski
-2023, arXiv 2312.03732) uses s = alpha / sqrt(r), which keeps the size of the update when r grows.
+W stays as it is. B starts at zero, so that at first nothing changes; A starts at random, so that B has something to
+learn from. Of mT0-XL's 3.7 billion parameters 17.7 million are trained in this way at r = 8, half a percent. rsLoRA
+(Kalajdzievski 2023, arXiv 2312.03732) uses s = alpha / sqrt(r), which keeps the size of the update when r grows.
 
 After training B A can be added to W (`merge_lora`): the same function, with nothing beside it.
 """
@@ -52,7 +52,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W becomes W + s B A. An int8 W is dequantised for it and then quantised freshly, so it moves by up to half a step of its own.
+        """W becomes W + s B A. An int8 W is dequantised for it and then quantised freshly, so it moves by up to half a
+        step of its own.
 
         ValueError if it is merged already, or if the sum is not finite.
         """
@@ -104,11 +105,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def add_lora(model: nn.Module, targets: str | tuple[str, ...], r: int = 8, alpha: float = 16.0, dropout: float = 0.0,
              rslora: bool = False) -> int:  # fmt: skip
-    """Wrap the linear layers of a model whose name (the last part of their path) is in `targets`, and freeze all the rest.
+    """Wrap the linear layers of a model whose name (the last part of their path) is in `targets`, and freeze all the
+    rest.
 
-    targets: "all", "qv" or names; give the language model (`mblip.mt5`), since the Q-Former's layers are called q and v as well.
-    Returns the number of trained parameters. ValueError, and an untouched model, if a name matches no linear layer or the model has
-    LoRA already.
+    targets: "all", "qv" or names; give the language model (`mblip.mt5`), since the Q-Former's layers are called q and v
+    as well. Returns the number of trained parameters. ValueError, and an untouched model, if a name matches no linear
+    layer or the model has LoRA already.
     """
     names = LORA_TARGETS[targets] if isinstance(targets, str) and targets in LORA_TARGETS else targets
     if isinstance(names, str) or not names:

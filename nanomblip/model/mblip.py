@@ -7,7 +7,7 @@
     prompt ids (B, S) -> (B, S, D) -> behind the pictures: (B, L = I*Q + S, D)
       mT5 encoder -> (B, L, D); mT5 decoder (B, T) -> logits (B, T, V)   frozen, int8 + LoRA
 
-The pictures' vectors always come first; to mT5's relative positions they are simply the first I*Q pieces. Nothing here
+The pictures' vectors always come first; to mT5's relative positions they are simply the first I*Q tokens. Nothing here
 knows about files, tokenizers or devices.
 """
 
@@ -40,7 +40,7 @@ class MBLIPConfig:
 
 _XL = MT5Config()
 PRESETS = {
-    # Small enough for ten minutes on two cores: pictures of 64x64, 85 languages, a vocabulary of 8,000 pieces (and 64
+    # Small enough for ten minutes on two cores: pictures of 64x64, 85 languages, a vocabulary of 8,000 tokens (and 64
     # rows more, as mT5 has 12). No dropout: with 0.1 in the Q-Former
     # fewer validation pictures were named right (weights/README.md, "A Q-Former to start from").
     "nano": MBLIPConfig(
@@ -82,11 +82,12 @@ class MBLIP(nn.Module):
 
     def init_projection(self):
         """Draw a fresh projection, as mBLIP does between BLIP-2's Q-Former and a language model it has never met."""
-        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)  # as large as embedded pieces
+        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)  # as large as embedded tokens
         nn.init.zeros_(self.proj.bias)
 
     def exchange_language_model(self, mt5: MT5) -> None:
-        """Put another language model behind the Q-Former, with a fresh projection to its width: where re-alignment starts from."""
+        """Put another language model behind the Q-Former, with a fresh projection to its width: where re-alignment
+        starts from."""
         self.mt5, self.cfg = mt5, replace(self.cfg, mt5=mt5.cfg)
         self.proj = nn.Linear(self.cfg.qformer.width, mt5.cfg.width)
         self.init_projection()
@@ -106,13 +107,13 @@ class MBLIP(nn.Module):
         return self.proj(x.unflatten(0, (B, I)).flatten(1, 2))  # (B, I*Q, D)
 
     def encode_image(self, image):
-        """Pictures as pieces of the language model: image float (B, I, 3, size, size) -> (B, I*Q, D)."""
+        """Pictures as tokens of the language model: image float (B, I, 3, size, size) -> (B, I*Q, D)."""
         return self.image_tokens(self.image_features(image))
 
     def encode(self, visual, prompt, prompt_mask=None):
         """Run the mT5 encoder over pictures and prompt.
 
-        visual: float (B, I*Q, D); prompt: long (B, S), padded anywhere; prompt_mask: bool (B, S), True = a real piece,
+        visual: float (B, I*Q, D); prompt: long (B, S), padded anywhere; prompt_mask: bool (B, S), True = a real token,
         by default everything but the pad id. Returns memory (B, L, D) and its mask (B, L).
         """
         mask = prompt != self.cfg.mt5.pad if prompt_mask is None else prompt_mask.bool()
@@ -124,10 +125,10 @@ class MBLIP(nn.Module):
     def forward(self, image, prompt, labels, prompt_mask=None, features=None, visual=None):
         """Teacher-forced logits and loss.
 
-        image: float (B, I, 3, size, size), or None when `features` (B, I, N, Dv) from `image_features` or `visual` (B, I*Q, D)
-        from `image_tokens` are given;
-        prompt: long (B, S); labels: long (B, T), -100 where there is no loss; prompt_mask: as in `encode`.
-        Returns logits (B, T, V) and the mean cross-entropy over the labels, in nats a piece, fp32.
+        image: float (B, I, 3, size, size), or None when `features` (B, I, N, Dv) from `image_features` or `visual`
+        (B, I*Q, D) from `image_tokens` are given; prompt: long (B, S); labels: long (B, T), -100 where there is no
+        loss; prompt_mask: as in `encode`. Returns logits (B, T, V) and the mean cross-entropy over the labels, in
+        nats per token, fp32.
         """
         if visual is None:
             visual = self.image_tokens(self.image_features(image) if features is None else features)
@@ -135,3 +136,13 @@ class MBLIP(nn.Module):
         logits = self.mt5.decode(self.mt5.shift_right(labels), memory, mask)  # (B, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         return logits, loss
+
+    def loss(self, features, prompt, labels, prompt_mask=None):
+        """The loss of `forward` for training: the head, whose V logits a token are the largest tensor of a step,
+        sees only the places where a token is to be written. features: float (B, I, N, Dv); the rest as in
+        `forward`."""
+        memory, mask = self.encode(self.image_tokens(features), prompt, prompt_mask)
+        embedded = self.mt5.embed_tokens(self.mt5.shift_right(labels))  # (B, T, D)
+        hidden, real = self.mt5.decoder(embedded, memory, mask), labels != -100  # (B, T, D), (B, T)
+        logits = self.mt5.lm_head(hidden[real])  # (tokens, V)
+        return F.cross_entropy(logits.float(), labels[real])

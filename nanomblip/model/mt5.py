@@ -8,7 +8,8 @@ It stays frozen in mBLIP (in int8, with LoRA beside it). Where a reader who know
 - The encoder's buckets are two-sided (half for the past, half for the future); the decoder's are all for the past.
 - RMSNorm (no mean, no bias), before each sub-layer and once more at the end of each stack. No biases anywhere.
 - Gated feed-forward (Shazeer 2020): wo(gelu(wi_0 x) * wi_1 x), tanh-approximated GELU in mT5, erf in BLIP-2's flan-t5.
-- `lm_head` is not the embedding (mT5 is untied) and the decoder's output is not rescaled before it (T5's tied models do).
+- `lm_head` is not the embedding (mT5 is untied) and the decoder's output is not rescaled before it (T5's tied models
+  do).
 - H * K need not equal D: mT5-small has 6 heads of 64 and a width of 512.
 - fp16 overflows in `wo`: run in bf16 or fp32.
 """
@@ -28,7 +29,7 @@ from nanomblip.model.attention import additive_bias, attend
 class MT5Config:
     """Sizes of the language model; the defaults are mT5-XL = mT0-XL (3,742,619,648 parameters)."""
 
-    vocab: int = 250112  # V; the tokenizer has 250,100 pieces, the matrix a few rows more
+    vocab: int = 250112  # V; the tokenizer has 250,100 tokens, the matrix a few rows more
     width: int = 2048  # D
     heads: int = 32
     head_width: int = 64  # K
@@ -47,8 +48,10 @@ class MT5Config:
         if self.gelu not in ("tanh", "none"):
             raise ValueError(f"gelu is 'tanh' or 'none', not {self.gelu!r}")
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
-            raise ValueError(f"{self.buckets} position buckets up to distance {self.max_distance}: at least 4 buckets, and the "
-                             "distance must pass the exact half of them")  # fmt: skip
+            raise ValueError(
+                f"{self.buckets} position buckets up to distance {self.max_distance}: "
+                "at least 4 buckets, and the distance must pass the exact half of them"
+            )
 
 
 class MT5Norm(nn.Module):
@@ -108,11 +111,11 @@ class MT5Bias(nn.Module):
 
 
 class KVCache:
-    """Keys and values that the decoder need not compute again while it writes one piece after another.
+    """Keys and values that the decoder need not compute again while it writes one token after another.
 
-    `memory[i]` are layer i's cross-attention keys and values, computed from the encoder's output once;
-    `past[i]` its self-attention keys and values, one position longer after each call. All are (B, H, M, K). In beam search
-    several rows of the past, a sample's beams, share one row of the memory.
+    `memory[i]` are layer i's cross-attention keys and values, computed from the encoder's output once; `past[i]` its
+    self-attention keys and values, one position longer after each call. All are (B, H, M, K). In beam search several
+    rows of the past, a sample's beams, share one row of the memory.
     """
 
     def __init__(self, layers: int):
@@ -243,10 +246,11 @@ class MT5Encoder(nn.Module):
 
 
 class MT5Decoder(nn.Module):
-    """forward: x float (B, T, D) embedded pieces, memory (B, L, D) from the encoder, memory_mask bool (B, L) -> (B, T, D).
+    """forward: x float (B, T, D) embedded tokens, memory (B, L, D) from the encoder, memory_mask bool (B, L) -> (B, T,
+    D).
 
-    With a `cache`, x holds only the new pieces: T of them after the len(cache) that went before. x may then have W rows, one
-    after the other, for each row of the memory: (B*W, T, D).
+    With a `cache`, x holds only the new tokens: T of them after the len(cache) that went before. x may then have W
+    rows, one after the other, for each row of the memory: (B*W, T, D).
     """
 
     def __init__(self, cfg: MT5Config):
@@ -270,8 +274,9 @@ class MT5Decoder(nn.Module):
 class MT5(nn.Module):
     """Encoder, decoder, one shared embedding and a separate output head.
 
-    `encode` takes *embeddings*, because mBLIP puts projected picture vectors in front of the embedded prompt;
-    `decode` takes piece ids. The type of the norms is that of all activations, also when the embedding is held in bf16 to save memory. forward: prompt ids (B, S), mask bool (B, S), decoder ids (B, T) -> logits (B, T, V).
+    `encode` takes *embeddings*, because mBLIP puts projected picture vectors in front of the embedded prompt; `decode`
+    takes token ids. The type of the norms is that of all activations, also when the embedding is held in bf16 to save
+    memory. forward: prompt ids (B, S), mask bool (B, S), decoder ids (B, T) -> logits (B, T, V).
     """
 
     def __init__(self, cfg: MT5Config):
@@ -283,7 +288,7 @@ class MT5(nn.Module):
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def init_weights(self):
-        """Draw fresh weights as Mesh TensorFlow does for T5: it is what makes attention without 1/sqrt(K) start well."""
+        """Draw fresh weights as Mesh TensorFlow does for T5: attention without 1/sqrt(K) starts well with these."""
         cfg = self.cfg
         for m in self.modules():
             if isinstance(m, MT5Norm):
@@ -315,7 +320,7 @@ class MT5(nn.Module):
         return self.lm_head(self.decoder(self.embed_tokens(ids), memory, memory_mask, cache))
 
     def shift_right(self, labels):
-        """The decoder's input for given labels (long (B, T), -100 = no loss): start token first, each label one later."""
+        """The decoder's input for labels long (B, T), -100 = no loss: the start token, then each label but the last."""
         ids = labels.masked_fill(labels == -100, self.cfg.pad)
         return F.pad(ids[:, :-1], (1, 0), value=self.cfg.pad)  # (B, T)
 

@@ -1,11 +1,14 @@
-"""The Q-Former (Li et al. 2023, BLIP-2, section 3): a few learned queries that read a picture and come back with a summary.
+"""The Q-Former (Li et al. 2023, BLIP-2, section 3): a few learned queries that read a picture and come back with a
+summary.
 
 A BERT-base (post-LayerNorm) over the queries; every second layer also cross-attends to the ViT's output. Its 32 output
-vectors are all that the language model will ever see of the picture, so this is the bottleneck, and the part mBLIP trains.
+vectors are all that the language model will ever see of the picture, so this is the bottleneck, and the part mBLIP
+trains.
 
 - Post-LN: each sub-layer is LN(x + dropout(sublayer(x))), with BERT's eps 1e-12.
 - The queries pass through a LayerNorm and dropout first: BERT's embedding norm, although there is no text to embed.
-- No positions: the queries are told apart by what they have learned. No mask: each query sees all queries and all patches.
+- No positions: the queries are told apart by what they have learned. No mask: each query sees all queries and all
+  patches.
 """
 
 from dataclasses import dataclass
@@ -88,7 +91,7 @@ class QFormer(nn.Module):
         self.blocks = nn.ModuleList([QFormerBlock(cfg, i) for i in range(cfg.layers)])
 
     def init_weights(self):
-        """Draw fresh weights, matrices with deviation 1/sqrt(inputs); see `ViT.init_weights` for why not BERT's 0.02."""
+        """Draw fresh weights, matrices with standard deviation 1/sqrt(inputs); why not 0.02: `ViT.init_weights`."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)

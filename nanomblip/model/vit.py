@@ -1,4 +1,5 @@
-"""The image encoder: EVA-CLIP's ViT-g/14 as BLIP-2 uses it (Fang et al. 2022, arXiv 2211.07636; Li et al. 2023, 2301.12597).
+"""The image encoder: EVA-CLIP's ViT-g/14 as BLIP-2 uses it (Fang et al. 2022, arXiv 2211.07636; Li et al. 2023,
+2301.12597).
 
 A plain pre-LayerNorm Vision Transformer (Dosovitskiy et al. 2021). It stays frozen in mBLIP. What is particular:
 
@@ -103,10 +104,10 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
     def init_weights(self):
-        """Draw fresh weights (the official ones are loaded instead): matrices with deviation 1/sqrt(inputs).
+        """Draw fresh weights (the official ones are loaded instead): matrices with standard deviation 1/sqrt(inputs).
 
-        The usual fixed 0.02 suits a width of 768 or more. At nano's 192, with BERT's LayerNorms behind it, only 0.04 % of
-        the variance of what reaches the language model came from the picture; drawn like this, 7 %.
+        The usual fixed 0.02 suits a width of 768 or more. At nano's 192, with BERT's LayerNorms behind it, only 0.04 %
+        of the variance of what reaches the language model came from the picture; drawn like this, 7 %.
         """
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):

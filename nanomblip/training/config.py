@@ -1,8 +1,9 @@
-"""What a run of train.py is: its flags, the defaults that depend on the size of the model, and going on with a stored run.
+"""What a run of train.py is: its flags, the defaults that depend on the size of the model, and going on with a
+stored run.
 
-Two tables say what a run does unless a flag says otherwise. CHOICES are decisions: the paper's, and nano's where they differ. SCALE
-are the numbers that go with the size of the model and of the data. The official sizes take the paper's choices, nano takes nano's,
-and `--recipe paper` makes nano take the paper's, at nano's scale.
+Two tables say what a run does unless a flag says otherwise. CHOICES are decisions: the paper's, and nano's where
+they differ. SCALE are the numbers that go with the size of the model and of the data. The official sizes take the
+paper's choices, nano takes nano's, and `--recipe paper` makes nano take the paper's, at nano's scale.
 """
 
 import math
@@ -16,7 +17,8 @@ from nanomblip.weights.files import read_json
 from nanomblip.weights.load import DTYPES
 
 LARGE = 500_000_000  # parameters, from which on a model takes the paper's choices and the official scale
-MIXTURE = "caption:4,naming,match,choice,category,question,exists,yes_no"  # the paper's tasks that the embedded data has texts for
+# the paper's tasks that the embedded data has texts for
+MIXTURE = "caption:4,naming,match,choice,category,question,exists,yes_no"
 
 CHOICES = {
     #                  nano               the paper
@@ -26,6 +28,7 @@ CHOICES = {
     "crop":          (0.8,               0.5),
     "noise":         (0.7,               0.0),
     "lora":          ("all",             "all"),
+    "lora_dropout":  (0.0,               0.05),  # nano has no dropout anywhere
     "int8":          (False,             True),
 }  # fmt: skip
 SCALE = {
@@ -63,8 +66,8 @@ class Config:
 
     init: str = flag(
         "blip2",
-        "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh projection: "
-        "mBLIP's start), random (of size nano; everything is trained), or a folder in the official layout",
+        "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
+        "projection: mBLIP's start), random (of size nano; everything is trained), or a folder in the official layout",
     )
     vision: str = flag(
         "weights/nano/blip2",
@@ -101,7 +104,7 @@ class Config:
     )
     lora_r: int = flag(8, "LoRA's rank")
     lora_alpha: float = flag(16.0, "LoRA's factor is alpha / r")
-    lora_dropout: float = flag(0.05, "share of LoRA's input that is dropped in training")
+    lora_dropout: float | None = flag(None, "share of LoRA's input that is dropped in training")
     lr_warmup: int | None = flag(
         None, "steps of linear warm-up of the learning rate in each stage, before the cosine decay to 0"
     )
@@ -111,7 +114,8 @@ class Config:
 
     redraw: float | None = flag(
         None,
-        "how strongly the embedded pictures are redrawn (turned, scaled, shifted, tinted, blurred), 0 to 1; 0 = random crops",
+        "how strongly the embedded pictures are redrawn (turned, scaled, shifted, tinted, blurred), 0 to 1; "
+        "0 = random crops",
     )
     crop: float | None = flag(None, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop")
     views: int | None = flag(
@@ -122,7 +126,7 @@ class Config:
         "with --views: Gaussian noise on what the ViT sees, up to this times its standard deviation over all pictures",
     )
     bf16: str = flag(
-        "auto", "matrix products in bf16 (autocast), weights in fp32: auto = where the processor or GPU has instructions for it",
+        "auto", "matrix products in bf16 (autocast), weights in fp32: auto = where there are instructions for it",
         ("auto", "on", "off"),
     )  # fmt: skip
     checkpointing: bool | None = flag(
@@ -142,7 +146,7 @@ class Config:
     def __post_init__(self):
         check_numbers(self)
         try:
-            check_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
+            check_lora(self.lora_r, self.lora_alpha, self.lora_dropout or 0.0)
         except ValueError as error:
             raise ValueError(f"--lora_r, --lora_alpha, --lora_dropout: {error}") from None
         if self.tasks is not None:
@@ -168,8 +172,8 @@ MACHINE = ("save_every", "workers", "device", "out", "name", "resume")
 
 def check_numbers(cfg: Config) -> None:
     """ValueError for a flag outside its range; None, "as the recipe says", is always inside."""
-    at_least = dict(steps=1, warmup_steps=0, batch=1, accumulate=1, lr_warmup=0, views=0, seed=0, workers=0, eval_pictures=1,
-                    eval_every=0, save_every=0, qformer_lr=0, noise=0)  # fmt: skip
+    at_least = dict(steps=1, warmup_steps=0, batch=1, accumulate=1, lr_warmup=0, views=0, seed=0, workers=0,
+                    eval_pictures=1, eval_every=0, save_every=0, qformer_lr=0, noise=0)  # fmt: skip
     for name, low in at_least.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value < 2**63:  # written so that nan fails too
@@ -221,7 +225,8 @@ def check_stages(cfg: Config) -> None:
 
 
 def resolve(cfg: Config, parameters: int) -> Config:
-    """The config with every None filled in, for a model of so many parameters; ValueError for what does not go together then."""
+    """The config with every None filled in, for a model of so many parameters; ValueError for what does not go
+    together then."""
     large = parameters > LARGE
     values = {name: row[large or cfg.recipe == "paper"] for name, row in CHOICES.items()} | {
         name: row[large] for name, row in SCALE.items()

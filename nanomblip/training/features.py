@@ -1,4 +1,5 @@
-"""What the ViT sees of a batch: computed at each step, or once for all and kept, since a frozen ViT sees the same every time."""
+"""What the ViT sees of a batch: computed at each step, or once for all and kept, since a frozen ViT sees the same
+every time."""
 
 import random
 
@@ -25,10 +26,11 @@ class LiveFeatures:
 
 
 class CachedFeatures:
-    """features(batch) -> float (B, 1, N, Dv), from a cache of all training pictures in `views` random views: (P, views, N, Dv), on the CPU.
+    """features(batch) -> float (B, 1, N, Dv), from a cache of all training pictures in `views` random views: (P,
+    views, N, Dv), on the CPU.
 
-    noise: Gaussian noise of up to this times the standard deviation over pictures, its strength drawn for each picture. ValueError if the
-    cache would take more than LARGEST_CACHE bytes.
+    noise: Gaussian noise of up to this times the standard deviation over pictures, its strength drawn for each
+    picture. ValueError if the cache would take more than LARGEST_CACHE bytes.
     """
 
     @torch.no_grad()
@@ -37,7 +39,7 @@ class CachedFeatures:
         size = len(mixture.emoji.cells) * batches.views * vit.tokens * vit.width * 4
         if size > LARGEST_CACHE:
             raise ValueError(
-                f"--views {batches.views}: the cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0"
+                f"--views {batches.views}: a cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0"
             )
         task = (
             "caption" if mixture.tasks == ["caption"] else "several"
@@ -61,7 +63,8 @@ class CachedFeatures:
 
 
 class Loader:
-    """The micro-batches of one stage from number `start` on, prepared by `workers` processes; next(loader) -> tensors on `device`.
+    """The micro-batches of one stage from number `start` on, prepared by `workers` processes; next(loader) ->
+    tensors on `device`.
 
     A worker that died is a ValueError: the run is whole up to the last step, and can be gone on with.
     """

@@ -1,8 +1,9 @@
-"""The optimizers of both stages. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum whose update is made orthogonal, for matrices.
+"""The optimizers of both stages. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum
+whose update is made orthogonal, for matrices.
 
-torch.optim.Muon does the same, always in bf16 and one matrix after the other. On a processor without instructions for bf16 torch emulates
-them, at a ninth of fp32's speed, and a step of train.py spent nearly all of its time there. So here the type follows the processor, and
-matrices of one shape are made orthogonal together.
+torch.optim.Muon does the same, always in bf16 and one matrix after the other. On a processor without instructions
+for bf16 torch emulates them, at a ninth of fp32's speed, and a step of train.py spent nearly all of its time there.
+So here the type follows the processor, and matrices of one shape are made orthogonal together.
 """
 
 import torch
@@ -17,10 +18,11 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of the quintic: steepest at 0,
 
 
 def orthogonalise(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """The nearest matrices with singular values of 1, roughly (0.7 to 1.2): (M, rows, columns) -> the same shape and type.
+    """The nearest matrices with singular values of 1, roughly (0.7 to 1.2): (M, rows, columns) -> the same shape
+    and type.
 
-    Newton-Schulz: each round maps every singular value s to a s + b s^3 + c s^5 by products of matrices alone. It starts from
-    x / |x| (Frobenius norm), whose singular values are at most 1.
+    Newton-Schulz: each round maps every singular value s to a s + b s^3 + c s^5 by products of matrices alone. It
+    starts from x / |x| (Frobenius norm), whose singular values are at most 1.
     """
     a, b, c = COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
@@ -33,12 +35,13 @@ def orthogonalise(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov's momentum m and decoupled weight decay, for 2-D parameters of one group or more. For each matrix with a gradient G:
+    """Muon with Nesterov's momentum m and decoupled weight decay, for 2-D parameters of one group or more. For each
+    matrix with a gradient G:
 
         M = m M + (1 - m) G;   W = (1 - lr decay) W - lr sqrt(max(1, rows / columns)) orthogonalise((1 - m) G + m M)
 
-    dtype: of the products; None: bf16 where the processor or the GPU has instructions for it, else float32. ValueError for a parameter
-    that is not a matrix.
+    dtype: of the products; None: bf16 where the processor or the GPU has instructions for it, else float32.
+    ValueError for a parameter that is not a matrix.
     """
 
     def __init__(
@@ -82,12 +85,13 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(
     model: nn.Module, rate_of: dict[nn.Parameter, float], muon: bool, beta2: float
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers of the trained parameters, each group with its peak rate as `peak`: AdamW, as in the paper, and with `muon` Muon for
-    the matrices inside the towers' blocks.
+    """Optimizers of the trained parameters, each group with its peak rate as `peak`: AdamW, as in the paper, and
+    with `muon` Muon for the matrices inside the towers' blocks.
 
-    rate_of: AdamW's peak rate of each trained parameter. Decayed are the matrices of linear, convolution and embedding layers, and
-    LoRA's, found by module type; norms, biases, position tables and queries are not: pulling a norm towards 0 or a query towards the
-    others helps nobody. (The original code went by substrings and so decayed the Q-Former's first norm, spelled "layernorm".)
+    rate_of: AdamW's peak rate of each trained parameter. Decayed are the matrices of linear, convolution and
+    embedding layers, and LoRA's, found by module type; norms, biases, position tables and queries are not: pulling
+    a norm towards 0 or a query towards the others helps nobody. (The original code went by substrings and so
+    decayed the Q-Former's first norm, spelled "layernorm".)
     """
     groups, hidden = {}, []  # (rate, decay) -> parameters
     for path, module in model.named_modules():

@@ -15,7 +15,8 @@ EVERYTHING = ("ViT", "Q-Former", "queries", "projection", "language model")
 
 
 def model_parts(model: MBLIP) -> dict[str, list[torch.Tensor]]:
-    """Name of each part -> its tensors, codes and scales of int8 layers included; LoRA apart from the language model it adapts."""
+    """Name of each part -> its tensors, codes and scales of int8 layers included; LoRA apart from the language
+    model it adapts."""
     tensors_of = lambda module: [*module.parameters(), *module.buffers()]
     lora = [p for layer in lora_layers(model.mt5).values() for p in (layer.A, layer.B)]
     own = {id(p) for p in lora}
@@ -43,8 +44,8 @@ def mark_trainable(model: MBLIP, names: tuple[str, ...]) -> None:
 
 
 def parts_table(model: MBLIP, rates: dict[str, list[str]]) -> str:
-    """For people, before step 0: parameters, what is trained, type and bytes of each part; rates: column -> peak rate of each part,
-    in the order of `model_parts`, "" where it is frozen."""
+    """For people, before step 0: parameters, what is trained, type and bytes of each part; rates: column -> peak
+    rate of each part, in the order of `model_parts`, "" where it is frozen."""
     lines = [f"{'part':<16}{'parameters':>14}{'type':>23}{'MB':>10}" + "".join(f"  {column:<20}" for column in rates)]
     total = [0, 0]
     for i, (name, tensors) in enumerate(model_parts(model).items()):
@@ -57,8 +58,8 @@ def parts_table(model: MBLIP, rates: dict[str, list[str]]) -> str:
 
 
 def add_checkpointing(model: MBLIP) -> None:
-    """Let each block of the Q-Former and the language model drop its activations and compute them again in the backward pass
-    (Chen et al. 2016, arXiv 1604.06174)."""
+    """Let each block of the Q-Former and the language model drop its activations and compute them again in the
+    backward pass (Chen et al. 2016, arXiv 1604.06174)."""
     for stack in (model.qformer, model.mt5.encoder, model.mt5.decoder):
         for block in stack.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

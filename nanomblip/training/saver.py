@@ -13,8 +13,8 @@ from nanomblip.weights.save import frozen_fingerprint, save_mblip, save_merged, 
 
 
 class Saver:
-    """Writes a run's folder. Of a large model trained on two bases the trained parts alone are written, and where the bases are;
-    of others the whole model, with LoRA merged into the weights as they were before int8."""
+    """Writes a run's folder. Of a large model trained on two bases the trained parts alone are written, and where
+    the bases are; of others the whole model, with LoRA merged into the weights as they were before int8."""
 
     def __init__(self, folder: Path, start: Start, state: State, languages):
         self.folder, self.start, self.state, self.languages = folder, start, state, languages

@@ -27,8 +27,8 @@ HERE = Path(__file__).resolve().parents[2]
 class Start:
     """A loaded model, what it reads with, and where its weights came from.
 
-    source: the folder with the tokenizer; bases: the two folders of --init blip2, vision and language model, else None; rounded: whether
-    some of the model is held in another type than it was stored in.
+    source: the folder with the tokenizer; bases: the two folders of --init blip2, vision and language model, else
+    None; rounded: whether some of the model is held in another type than it was stored in.
     """
 
     model: MBLIP
@@ -40,8 +40,8 @@ class Start:
 
 
 def source_folders(cfg: Config) -> tuple[Path, ...]:
-    """The folders that the weights come from: two for --init blip2, one for a folder, none for random weights. Official ones are fetched
-    into weights/ once."""
+    """The folders that the weights come from: two for --init blip2, one for a folder, none for random weights.
+    Official ones are fetched into weights/ once."""
     if cfg.init == "random":
         return ()
     if cfg.init != "blip2":
@@ -78,7 +78,8 @@ def build_mblip(vision: Path, llm: Path, vision_dtype: str | None = None, llm_dt
 def build_start(cfg: Config, folders: tuple[Path, ...]) -> Start:
     """The model of a resolved config: random or loaded, frozen parts in the types asked for, LoRA added.
 
-    Draws from torch's global generator: the caller seeds it. ValueError for weights that are int8 already where LoRA is to be merged.
+    Draws from torch's global generator: the caller seeds it. ValueError for weights that are int8 already where
+    LoRA is to be merged.
     """
     rounded = cfg.int8 or cfg.vision_dtype != "fp32"
     for folder in folders if rounded or cfg.lora != "none" else ():
@@ -113,7 +114,8 @@ def languages_of(cfg: Config, emoji: Emoji) -> tuple[dict[str, float], list[str]
 
 
 def build_batches(cfg: Config, start: Start, emoji: Emoji, mix: dict[str, float], folder: Path):
-    """Batches of stage 1 and of stage 2, and a line about them: captions and the task mixture of the embedded data, or twice --mixture."""
+    """Batches of stage 1 and of stage 2, and a line about them: captions and the task mixture of the embedded data,
+    or twice --mixture."""
     if cfg.mixture:
         bar = tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False)
         mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, bar)
@@ -122,8 +124,8 @@ def build_batches(cfg: Config, start: Start, emoji: Emoji, mix: dict[str, float]
         batches = JsonBatches(mixture, start.tokenizer, start.image, cfg.batch, cfg.image_root, report, crop=cfg.crop)
         return batches, batches, f"{len(mixture):,} examples of {cfg.mixture}"
     of_tasks = lambda tasks: Batches(
-        Mixture(emoji, mix, parse_tasks(tasks), cfg.seed, share=cfg.data_share), start.tokenizer, start.image, cfg.batch,
-        views=cfg.views, crop=cfg.crop, redraw=cfg.redraw,
+        Mixture(emoji, mix, parse_tasks(tasks), cfg.seed, share=cfg.data_share),
+        start.tokenizer, start.image, cfg.batch, views=cfg.views, crop=cfg.crop, redraw=cfg.redraw,
     )  # fmt: skip
     captions, tasks = of_tasks("caption"), of_tasks(cfg.tasks)
     pairs = sum(map(len, tasks.mixture.usable.values()))

@@ -1,4 +1,5 @@
-"""The two stages of re-alignment (Geigle et al. 2023, section 4): what each trains, by which loss, at which rates, for how long.
+"""The two stages of re-alignment (Geigle et al. 2023, section 4): what each trains, by which loss, at which rates,
+for how long.
 
     stage 1, the warm-up    the fresh projection alone, by the language model's loss   --warmup projection, the paper's
                             or projection, queries and Q-Former, by `names_loss`       --warmup names, nano's
@@ -28,8 +29,8 @@ from nanomblip.training.warmup import name_places, names_loss
 class Stage:
     """Steps first, first + 1 ... last - 1 of a run.
 
-    rates: part -> peak learning rate, of the parts that are trained; muon: Muon for the matrices inside the towers, at a rate of its own.
-    loss: (model, batch, features (B, I, N, Dv)) -> a number to be made small.
+    rates: part -> peak learning rate, of the parts that are trained; muon: Muon for the matrices inside the towers,
+    at a rate of its own. loss: (model, batch, features (B, I, N, Dv)) -> a number to be made small.
     """
 
     title: str
@@ -49,7 +50,8 @@ class Stage:
         return self.optimizers
 
     def set_rates(self, step: int) -> float:
-        """Give the optimizers the learning rates of a step; returns the share of the peak: up in a straight line, then a cosine to 0."""
+        """Give the optimizers the learning rates of a step; returns the share of the peak: up in a straight line,
+        then a cosine to 0."""
         done = step - self.first
         if done < self.warm:
             share = (done + 1) / self.warm
@@ -66,7 +68,7 @@ class Stage:
 
 def language_loss(model: MBLIP, batch: dict, features: torch.Tensor) -> torch.Tensor:
     """Cross-entropy per token of the answer, in nats, given the picture and the prompt: the paper's loss."""
-    return model(None, batch["prompt"], batch["labels"], features=features)[1]
+    return model.loss(features, batch["prompt"], batch["labels"])
 
 
 class NamesLoss:
@@ -103,7 +105,8 @@ def build_stages(cfg: Config, model: MBLIP, tokenizer: Tokenizer, emoji: Emoji, 
 
 @contextmanager
 def precision(device: torch.device, bf16: bool):
-    """Matrix products of what is inside in bf16, or everything in fp32. The backward pass belongs inside, because checkpointing runs
-    attention there once more. In bf16 attention of a few places takes less time written out than in torch's fused kernel."""
+    """Matrix products of what is inside in bf16, or everything in fp32. The backward pass belongs inside, because
+    checkpointing runs attention there once more. In bf16 attention of a few places takes less time written out than
+    in torch's fused kernel."""
     with attend_path("written" if bf16 else "fast"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         yield

@@ -1,9 +1,9 @@
 """Stopping and going on: the state of a run on disk, its logs, and what Ctrl-C does.
 
-A run can end at any moment (Ctrl-C, SIGTERM, kill -9, a full disk, a power cut) and goes on from its last saved state to
-the same final bits as if nothing had happened. Three things make that possible: every random choice is a function of
-(seed, step), so no generator's state need be kept; the file is written under another name and renamed; and it carries the
-sha256 of its content.
+A run can end at any moment (Ctrl-C, SIGTERM, kill -9, a full disk, a power cut) and goes on from its last saved
+state to the same final bits as if nothing had happened. Three things make that possible: every random choice is a
+function of (seed, step), so no generator's state need be kept; the file is written under another name and renamed;
+and it carries the sha256 of its content.
 """
 
 import csv
@@ -58,7 +58,8 @@ class State:
         save_tensors(self.path, tensors, {key: str(value) for key, value in meta.items()})
 
     def load(self) -> tuple[int, float]:
-        """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is none."""
+        """Restore the newest undamaged state; returns its step and the seconds spent so far. (0, 0.0) if there is
+        none."""
         problems = []
         for path in (self.path, self.older):
             if path.exists():
@@ -101,7 +102,8 @@ class State:
         return int(meta["step"]), float(meta["seconds"])
 
     def use(self, optimizers: list[torch.optim.Optimizer], stage: int) -> None:
-        """Save the memory of these optimizers from now on. They get the memory that was loaded, if it is of this stage."""
+        """Save the memory of these optimizers from now on. They get the memory that was loaded, if it is of this
+        stage."""
         self.optimizers, self.stage = optimizers, stage
         if not optimizers or self.memory is None:
             return

@@ -8,7 +8,7 @@ import torch
 import train
 from nanomblip.data.emoji import ROOT, load_emoji
 from nanomblip.data.image import ImageConfig, array_to_tensor
-from nanomblip.data.mixture import EVAL_PROMPT
+from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.tokenizer import Tokenizer, pad_rows
 from nanomblip.measure.emoji_splits import answer
 from nanomblip.model.mblip import MBLIP, PRESETS

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanomblip.model.lora import lora_layers, merge_lora
+from nanomblip.model.lora import lora_layers
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.model.mt5 import MT5
-from nanomblip.training.state import Log, State
+from nanomblip.data.emoji import ROOT as DATA
+from nanomblip.training import setup
+from nanomblip.training.parts import model_parts
+from nanomblip.training.setup import build_mblip
 from nanomblip.weights.adapter import load_adapter
-from nanomblip.weights.files import RunLock
+from nanomblip.weights.files import digest
 from nanomblip.weights.load import load_mblip, load_mt5
 from nanomblip.weights.save import save_mblip, save_mt5
 
@@ -35,7 +39,8 @@ SMALL = replace(
     mt5=replace(NANO.mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1, dropout=0.1),
     queries=2,
 )
-FLAGS = "--steps 9 --warmup 3 --batch 4 --accumulate 2 --eval_pictures 1 --eval_every 4 --tasks caption,match --init random".split()
+COMMON = "--lr_warmup 3 --batch 4 --accumulate 2 --eval_pictures 1 --eval_every 4 --tasks caption,match --lang_mix en,de,sw --data_share 0.05".split()
+FLAGS = ["--steps", "9", *COMMON, "--init", "random"]
 
 
 EMOJI = train.load_emoji("core")
@@ -60,7 +65,7 @@ def stop_at(monkeypatch, step, number=signal.SIGINT):
     class Bar(train.tqdm):
         def update(self, n=1):
             super().update(n)
-            if self.desc == "train" and self.n == step:
+            if "step" in self.unit and self.n == step:
                 signal.raise_signal(number)
 
     monkeypatch.setattr(train, "tqdm", Bar)
@@ -77,68 +82,30 @@ def everything(run):
     return meta["sha256"], meta["step"], meta["frozen"], *logs, {k: v.sum().item() for k, v in state.items()}
 
 
-@pytest.mark.parametrize("extra", [(), ("--train", "all", "--views", "2"), ("--workers", "1", "--checkpointing")], ids=str)
+@pytest.mark.parametrize("extra", [(), ("--workers", "1", "--checkpointing")], ids=str)
 def test_a_resumed_run_ends_with_the_same_bits(monkeypatch, extra):
-    assert train.main([*FLAGS, *extra, "--run", "whole"]) == 0
-    for stop in (1, 4, 8) if not extra else (5,):
+    assert train.main([*FLAGS, *extra, "--name", "whole"]) == 0
+    for stop in (1, 8) if not extra else (5,):
         with monkeypatch.context() as patch:
             stop_at(patch, stop)
-            assert train.main([*FLAGS, *extra, "--run", f"cut{stop}"]) == 128 + signal.SIGINT
+            assert train.main([*FLAGS, *extra, "--name", f"cut{stop}"]) == 128 + signal.SIGINT
         assert train.main(["--resume", f"out/cut{stop}"]) == 0
         assert everything(f"cut{stop}") == everything("whole")
 
 
 def test_the_loss_falls_and_the_folder_is_complete():
-    assert train.main([*FLAGS[2:], "--steps", "30", "--lr", "0.01", "--run", "r"]) == 0
+    assert train.main([*FLAGS[2:], "--steps", "30", "--warmup_lr", "0.01", "--name", "r"]) == 0
     with open("out/r/loss.csv") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["loss"]) for row in rows]
     assert [int(row["step"]) for row in rows] == list(range(1, 31)) and losses[0] - min(losses[-5:]) > 1
     record = json.loads(Path("out/r/record.json").read_text())
-    assert len(record["results"]["validation"]) == 85 and record["trained_parameters"] == record["parameters"]
+    assert len(record["results"]["validation"]) == 3 and record["trained_parameters"] == record["parameters"]
     assert sorted(path.name for path in Path("out/r").iterdir()) == sorted(
         ["config.json", "model.safetensors", "preprocessor_config.json", "spiece.model", "train.json", "loss.csv",
          "validation.csv", "record.json", "state.safetensors"])  # fmt: skip
     model = load_mblip("out/r")
-    assert model.cfg == SMALL and train.digest(dict(model.named_parameters())) == record["model_sha256"]
-
-
-@pytest.mark.parametrize("which,parts", train.TRAINED.items())
-def test_only_the_named_parts_learn(which, parts):
-    torch.manual_seed(0)
-    before = MBLIP(SMALL)
-    before.init_weights()
-    assert train.main([*FLAGS, "--train", which, "--run", which]) == 0
-    after = load_mblip(f"out/{which}")
-    moved = {name: any(not torch.equal(p, q) for p, q in zip(flat(before)[name], flat(after)[name])) for name in flat(before)}
-    assert moved == {name: name in parts for name in moved}
-
-
-def flat(model):
-    return {name: [p for piece in pieces for p in (piece.parameters() if isinstance(piece, torch.nn.Module) else [piece])]
-            for name, pieces in train.model_parts(model).items()}  # fmt: skip
-
-
-def test_noise_on_what_the_vit_sees_is_as_strong_as_asked(monkeypatch):
-    """In a picture between none and --noise times the deviation over pictures, in training only; --noise 0 leaves it as it is."""
-    seen, read = {}, MBLIP.image_tokens
-    for noise in ("0", "2"):
-        rows = seen[noise] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(MBLIP, "image_tokens", lambda model, x, rows=rows: (model.training and rows.append(x.detach()), read(model, x))[1])
-            assert train.main([*FLAGS, "--train", "all", "--views", "2", "--noise", noise, "--run", f"noise{noise}"]) == 0
-    clean, noisy = (torch.cat(rows)[:, 0] for rows in seen.values())  # (examples, N, Dv)
-    added = ((noisy - clean) / clean.std(0)).flatten(1).std(1)  # (examples,)
-    assert 0 <= added.min() < 0.5 and 1.5 < added.max() < 2.6 and 0.7 < added.mean() < 1.4
-
-
-def test_going_on_from_a_folder_trains_what_the_paper_trains():
-    assert train.main([*FLAGS, "--run", "base"]) == 0
-    assert train.main([*FLAGS, "--init", "out/base", "--run", "next"]) == 0
-    assert json.loads(Path("out/next/record.json").read_text())["trained"] == "all"
-    a, b = load_mblip("out/base"), load_mblip("out/next")
-    assert torch.equal(a.vit.pos_embed, b.vit.pos_embed) and torch.equal(a.mt5.embed.weight, b.mt5.embed.weight)
-    assert not torch.equal(a.queries, b.queries)
+    assert model.cfg == SMALL and digest(dict(model.named_parameters())) == record["model_sha256"]
 
 
 @pytest.fixture
@@ -151,55 +118,78 @@ def bases():
     save_mblip(sees, Path("sees"), image_token=8000)
     save_mt5(reads, Path("reads"))
     for folder in ("sees", "reads"):
-        shutil.copyfile(train.DATA / "spiece.model", f"{folder}/spiece.model")
-    return sees, reads, [*FLAGS, "--imitate", "0", "--init", "blip2", "--vision", "sees", "--llm", "reads", "--views", "1"]
+        shutil.copyfile(DATA / "spiece.model", f"{folder}/spiece.model")
+    return sees, reads, ["--steps", "9", "--warmup_steps", "4", *COMMON, "--vision", "sees", "--llm", "reads", "--views", "1"]
 
 
-def test_mblip_starts_from_one_model_that_sees_and_one_that_reads(bases, monkeypatch):
-    sees, reads, flags = bases
-    assert train.main([*flags, "--align", "9", "--run", "aligned"]) == 0
-    assert train.main([*flags, "--align", "4", "--run", "whole"]) == 0
-    aligned, whole = load_mblip("out/aligned"), load_mblip("out/whole")
-    for model in (aligned, whole):
-        assert train.digest(dict(model.mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
-        assert train.digest(dict(model.vit.named_parameters())) == train.digest(dict(sees.vit.named_parameters()))
-        assert not torch.equal(model.proj.weight, sees.proj.weight)
-    assert torch.equal(aligned.queries, sees.queries), "only the projection was trained"
-    assert not torch.equal(whole.queries, sees.queries)
-    for stop in (2, 6):  # before and after the Q-Former joins
+def stopped_and_resumed(monkeypatch, flags, steps):
+    """The run out/cutN, stopped after N steps and gone on with, for each N."""
+    for stop in steps:
         with monkeypatch.context() as patch:
             stop_at(patch, stop)
-            assert train.main([*flags, "--align", "4", "--run", f"cut{stop}"]) == 128 + signal.SIGINT
+            assert train.main([*flags, "--name", f"cut{stop}"]) == 128 + signal.SIGINT
         assert train.main(["--resume", f"out/cut{stop}"]) == 0
-        assert everything(f"cut{stop}") == everything("whole")
+        yield f"cut{stop}"
 
 
-ADAPTED = "--align 2 --lora all --lora_dropout 0.2 --lora_r 4 --lora_lr 0.01 --int8 --views 0 --eval_every 0".split()
+def moved(before, after):
+    """Which parts of a model changed."""
+    theirs = model_parts(after)
+    return {name for name, part in model_parts(before).items() if not all(torch.equal(p, q) for p, q in zip(part, theirs[name]))}
+
+
+@pytest.mark.parametrize("more,parts", [
+    ("--warmup projection --warmup_steps 9", {"projection"}), ("--warmup names --warmup_steps 9", {"Q-Former", "queries", "projection"}),
+    ("--warmup none", {"Q-Former", "queries", "projection", "language model"}), ("--warmup names", {"Q-Former", "queries", "projection", "language model"}),
+    ("--warmup none --qformer_lr 0", {"projection", "language model"}), ("--warmup none --lora none", {"Q-Former", "queries", "projection"}),
+])  # fmt: skip
+def test_each_stage_trains_its_parts_and_nothing_else(bases, more, parts):
+    """The language model moves by its LoRA, which is merged into the weights that are written."""
+    sees, reads, flags = bases
+    torch.manual_seed(0)
+    load = partial(build_mblip, Path("sees"), Path("reads"))
+    before = load()
+    keep = [word for word in flags if word != "--warmup_steps"]
+    flags = flags if "--warmup none" not in more else [w for i, w in enumerate(flags) if "--warmup_steps" not in (w, flags[i - 1])]
+    assert keep and train.main([*flags, *more.split(), "--name", "r"]) == 0
+    assert moved(before, load_mblip("out/r")) == parts
+
+
+@pytest.mark.parametrize("warmup", ["names", "projection"])
+def test_two_stages_and_stops_in_each_of_them(bases, monkeypatch, warmup):
+    """The language model runs in stage 2 and in the warm-up by its loss; a stop costs no bit, in either stage or between them."""
+    sees, reads, flags = bases
+    flags, calls, loss = [*flags, "--warmup", warmup], [], MBLIP.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(MBLIP, "loss", lambda self, *args: (calls.append(1), loss(self, *args))[1])
+        assert train.main([*flags, "--name", "whole"]) == 0
+    assert len(calls) == 2 * (5 if warmup == "names" else 9)
+    for name in stopped_and_resumed(monkeypatch, flags, (2, 4, 6)):
+        assert everything(name) == everything("whole")
+
+
+ADAPTED = "--warmup projection --lora_dropout 0.2 --lora_r 4 --lora_lr 0.01 --int8 --views 0 --noise 0 --eval_every 0".split()
 
 
 def test_lora_over_int8_learns_and_a_resumed_run_ends_with_the_same_bits(bases, monkeypatch, capsys):
     sees, reads, flags = bases
-    assert train.main([*flags, *ADAPTED, "--run", "whole"]) == 0
+    assert train.main([*flags, *ADAPTED, "--name", "whole"]) == 0
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
     count = sum(4 * (p.shape[0] + p.shape[1]) for name, p in reads.named_parameters() if p.ndim == 2 and ".blocks." in name)
     size = sum(p.numel() for p in reads.parameters())
-    assert rows["LoRA"] == [f"{count:,}", f"{count:,}", "float32", f"{4 * count / 1e6:.1f}", "AdamW", "0.01"]
-    assert rows["language model"][:3] == [f"{size:,}", "0", "bfloat16/float32/int8"] and float(rows["language model"][3]) < 4 * size / 1e6 / 1.8
+    assert rows["LoRA"] == [f"{count:,}", "float32", f"{4 * count / 1e6:.1f}", "frozen", "0.01"]
+    assert rows["language model"][:2] == [f"{size:,}", "bfloat16/float32/int8"] and float(rows["language model"][2]) < 4 * size / 1e6 / 1.8
     record = json.loads(Path("out/whole/record.json").read_text())
     assert record["parameters"] == sum(p.numel() for p in load_mblip("out/whole").parameters()) + count
-    for stop in (1, 6):  # in the alignment and after it
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            assert train.main([*flags, *ADAPTED, "--run", f"cut{stop}"]) == 128 + signal.SIGINT
-        assert train.main(["--resume", f"out/cut{stop}"]) == 0
-        assert everything(f"cut{stop}") == everything("whole")
-        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):  # tensors only: metadata stand in any order
-            assert train.digest(load_file(f"out/cut{stop}/{name}")) == train.digest(load_file(f"out/whole/{name}"))
+    for name in stopped_and_resumed(monkeypatch, [*flags, *ADAPTED], (6,)):
+        assert everything(name) == everything("whole")
+        for file in ("model.safetensors", "adapter/adapter_model.safetensors"):  # tensors only: metadata stand in any order
+            assert digest(load_file(f"out/{name}/{file}")) == digest(load_file(f"out/whole/{file}"))
 
 
 def test_what_lora_has_learned_is_merged_into_the_weights_as_they_were_before_int8(bases):
     sees, reads, flags = bases
-    assert train.main([*flags, *ADAPTED, "--run", "r"]) == 0
+    assert train.main([*flags, *ADAPTED, "--name", "r"]) == 0
     merged, adapted = load_mblip("out/r").mt5, load_mt5("reads", llm_dtype="int8")
     load_adapter(adapted, "out/r/adapter")
     layers, before = lora_layers(adapted), dict(reads.named_parameters())
@@ -211,156 +201,18 @@ def test_what_lora_has_learned_is_merged_into_the_weights_as_they_were_before_in
     assert (one - other).norm() / other.norm() < 0.05  # but for the rounding
 
 
-def test_lora_alone_over_floats(bases):
+def test_going_on_from_a_folder_has_no_warm_up(bases):
     sees, reads, flags = bases
-    assert train.main([*flags, "--align", "0", "--lora", "qv", "--views", "0", "--run", "r"]) == 0
-    after, before = load_mblip("out/r").mt5, dict(reads.named_parameters())
-    changed = {name.split(".")[-2] for name, p in after.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {"q", "v"}
-    load_adapter(reads, "out/r/adapter")
-    merge_lora(reads)
-    assert all(torch.allclose(after.get_submodule(path).weight, layer.base.weight, atol=1e-6) for path, layer in lora_layers(reads).items())
-
-
-def test_with_int8_the_loss_ends_where_it_ends_without(bases):
-    _, _, flags = bases
-    ends = {}
-    for name, more in (("float", []), ("int8", ["--int8"]), ("weights", ["--int8", "--int8_threshold", "0"])):
-        assert train.main([*flags, "--steps", "40", "--align", "0", "--lora", "all", "--lr", "0.01", "--lora_lr", "0.01", "--eval_every", "0",
-                           "--views", "0", *more, "--run", name]) == 0  # fmt: skip
-        with open(f"out/{name}/loss.csv") as file:
-            losses = [float(row["loss"]) for row in csv.DictReader(file)]
-        ends[name] = sum(losses[-10:]) / 10
-    assert losses[0] - ends["float"] > 0.3
-    assert len(set(ends.values())) == 3 and max(ends.values()) < 1.01 * min(ends.values()), ends
-
-
-@pytest.mark.parametrize("more,words", [
-    (["--lora", "all", "--train", "projection"], "--lora all goes with --train all"), (["--lora", "qv", "--train", "everything"], "--lora qv goes"),
-    (["--int8", "--train", "everything"], "--int8 is for a frozen"), (["--int8", "--llm", "random"], "--int8 with a random"),
-    (["--lora_r", "0"], "--lora_r.*rank 0"), (["--lora_alpha", "nan"], "alpha nan"), (["--lora_dropout", "1"], "dropout 1"),
-    (["--lora_lr", "0"], "--lora_lr 0"), (["--int8_threshold", "-1"], "--int8_threshold -1"), (["--int8_threshold", "nan"], "--int8_threshold nan"),
-])  # fmt: skip
-def test_lora_and_int8_where_they_make_no_sense(bases, more, words):
-    with pytest.raises(ValueError, match=words):
-        train.main([*bases[2], *more, "--run", "r"])
-    assert not Path("out/r/train.json").exists()
-
-
-def test_a_language_model_that_is_int8_in_its_file_is_refused(bases):
-    config = json.loads(Path("reads/config.json").read_text())
-    Path("reads/config.json").write_text(json.dumps(config | {"quantization_config": dict(quant_method="bitsandbytes", load_in_8bit=True)}))
-    with pytest.raises(ValueError, match="reads: holds int8"):
-        train.main([*bases[2], *ADAPTED, "--run", "r"])
-
-
-def test_the_tokenizer_is_that_of_the_language_model(bases):
-    """A BLIP-2 brings the tokenizer of an English T5, which has nothing to say here."""
-    sees, reads, flags = bases
-    Path("sees/spiece.model").write_bytes(b"other pieces")
-    assert train.main([*flags, "--run", "r1"]) == 0
-    assert Path("out/r1/spiece.model").read_bytes() == Path("reads/spiece.model").read_bytes()
-    Path("reads/spiece.model").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="spiece.model"):
-        train.main([*flags, "--run", "r2"])
-    shutil.copyfile(train.DATA / "spiece.model", "sees/spiece.model")
-    assert train.main([*flags[:-3], "random", "--run", "r3"]) == 0
-    assert load_mblip("out/r3").mt5.cfg == SMALL.mt5
-
-
-def test_official_bases_are_fetched(bases, monkeypatch):
-    """Of the model that sees, only what is not its language model."""
-    _, reads, flags = bases
-    asked = []
-    folders = {"blip2-flan-t5-xl": Path("sees"), "mt0-small": Path("reads")}
-    monkeypatch.setattr(train, "download", lambda name, folder, skip: asked.append((name, folder.name, skip)) or folders[name])
-    assert train.main([*flags, "--vision", "blip2-flan-t5-xl", "--llm", "mt0-small", "--run", "r"]) == 0
-    assert asked == [("blip2-flan-t5-xl", "blip2-flan-t5-xl", "language_"), ("mt0-small", "mt0-small", None)]
-    assert train.digest(dict(load_mblip("out/r").mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
-
-
-def test_trained_parts_alone_and_the_merged_whole(bases):
-    """With the ViT in int8, too; the merged folder has the ViT of the file, not of the rounded one."""
-    sees, reads, flags = bases
-    assert train.main([*flags, "--save", "trained", "--merge", "--vision_dtype", "int8", "--run", "r"]) == 0
-    model, merged = load_mblip("out/r"), load_mblip("out/r/merged")
-    assert train.digest(dict(merged.vit.named_parameters())) == train.digest(dict(sees.vit.named_parameters()))
-    for name, p in merged.named_parameters():
-        trained = not name.startswith(("vit.", "mt5."))
-        assert torch.equal(p.half().float() if trained else p, model.get_parameter(name)), name
-    assert Path("out/r/model.safetensors").stat().st_size < 0.2 * Path("out/r/merged/model.safetensors").stat().st_size
-    assert json.loads(Path("out/r/config.json").read_text())["bases"]["vision"] == "../../sees"
-    for wrong in (["--save", "trained", "--init", "out/r/merged"], ["--save", "trained", "--llm", "random"], ["--vision_dtype", "int8", "--train", "everything"]):
-        with pytest.raises(ValueError, match="--save|--vision_dtype"):
-            train.main([*flags, *wrong, "--run", "w"])
-
-
-def test_a_log_is_whole_on_disk_as_soon_as_it_is_open():
-    path = Path("log.csv")
-    path.write_text("step,loss\n1,0.5\n2,0.25\n3,0.1")
-    log = Log(path, ("step", "loss"), 2)  # nothing is closed or flushed: a process killed here must leave this behind
-    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25"]
-    log.add(3, 0.2)
-    assert path.read_text().split()[-1] == "3,0.2" and log.recent_mean(1, 2) == pytest.approx(0.225)
-
-
-def test_weight_decay_goes_by_module_type():
-    model = MBLIP(SMALL)
-    (optimizer,) = train.build_optimizers(model, "adamw", train.Config())
-    decayed, rest = optimizer.param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    rest, decayed = ({names[id(p)] for p in group["params"]} for group in (rest, decayed))
-    assert len(rest) + len(decayed) == len(names) and (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["weight_decay"]) == (0.1, 0)
-    tables = {"queries", "vit.pos_embed", "vit.cls_token", "mt5.encoder.bias.weight", "mt5.decoder.bias.weight"}
-    assert tables | {"qformer.norm.weight", "proj.bias"} <= rest
-    assert all("norm" in n or n.endswith("bias") or n in tables for n in rest)
-    assert all("norm" not in n and n.endswith("weight") for n in decayed)
-
-
-def test_muon_gets_the_matrices_inside_the_towers_and_adamw_the_rest():
-    model = MBLIP(SMALL)
-    adamw, muon = train.build_optimizers(model, "muon", train.Config())
-    names = {id(p): name for name, p in model.named_parameters()}
-    of_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert of_muon == {n for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2}
-    assert len(of_muon) + sum(len(g["params"]) for g in adamw.param_groups) == len(names)
-
-
-def test_the_learning_rate_warms_up_and_ends_near_zero():
-    cfg = train.Config(steps=100, warmup=10)
-    rates = [train.schedule(cfg, s) for s in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-
-
-def test_a_budget_is_spent_and_the_rate_follows_the_clock(monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train.main([*FLAGS, "--eval_every", "0", "--budget", "6s", "--run", "timed"]) == 128 + signal.SIGINT
-    assert train.main(["--resume", "out/timed"]) == 0
-    record = json.loads(Path("out/timed/record.json").read_text())
-    with open("out/timed/loss.csv") as file:
-        rates = [float(row["lr"]) for row in csv.DictReader(file)]
-    assert 6 <= record["seconds"] < 20 and len(rates) == record["steps_done"] > 3
-    assert record["examples_seen"] == record["steps_done"] * 4 * 2
-    assert rates[2] == max(rates) and rates[-1] < 0.2 * rates[2] and rates[3:] == sorted(rates[3:], reverse=True)
-
-
-@pytest.mark.parametrize("text,seconds", [("", 0), ("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("0", None), ("-1m", None), ("m", None), ("nan", None),
-                                          ("infh", None), ("ten", None)])  # fmt: skip
-def test_a_budget_is_a_time(text, seconds):
-    if seconds is None:
-        with pytest.raises(ValueError, match="--budget .*10m"):
-            train.Config(budget=text)
-    else:
-        assert train.Config(budget=text).budget_seconds() == seconds
+    assert train.main([*flags, "--name", "base"]) == 0
+    assert train.main(["--steps", "4", *COMMON, "--init", "out/base", "--name", "next"]) == 0
+    assert moved(load_mblip("out/base"), load_mblip("out/next")) == {"Q-Former", "queries", "projection", "language model"}
 
 
 def test_a_damaged_state_is_noticed_and_the_one_before_taken(monkeypatch, capsys):
-    assert train.main([*FLAGS, "--run", "whole"]) == 0
+    assert train.main([*FLAGS, "--name", "whole"]) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
-        train.main([*FLAGS, "--save_every", "0", "--run", "cut"])
+        train.main([*FLAGS, "--save_every", "0", "--name", "cut"])
     newest = Path("out/cut/state.safetensors")
     data = bytearray(newest.read_bytes())
     data[-100] ^= 1  # a flipped bit in a tensor, which safetensors itself cannot see
@@ -374,56 +226,23 @@ def test_a_damaged_state_is_noticed_and_the_one_before_taken(monkeypatch, capsys
         train.main(["--resume", "out/cut"])
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
-    before = {}
-    forward = MBLIP.forward
-
-    def poisoned(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
-        before["model"] = self
-        before["digest"] = train.digest(dict(self.named_parameters()))
-        return logits, loss * float("nan")
-
-    monkeypatch.setattr(MBLIP, "forward", poisoned)
-    with pytest.raises(ValueError, match="loss nan.*step 0"):
-        train.main([*FLAGS, "--run", "nan"])
-    assert train.digest(dict(before["model"].named_parameters())) == before["digest"]
-
-
-@pytest.mark.parametrize("flags,words", [
-    ("--steps 0", "--steps 0"), ("--steps x", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--beta2 1", "--beta2"),
-    ("--lang_mix klingon", "klingon"), ("--lang_mix sw:0", "--lang_mix"), ("--lang_alpha nan", "--lang_alpha"),
-    ("--tasks dance", "--tasks"), ("--concepts some", "--concepts"), ("--train nothing", "--train"), ("--init nowhere", "nowhere"),
-    ("--run a/b", "--run"), ("--run ..", "--run"), ("--run q\udcff", "--run"), ("--seed 99999999999999999999", "--seed"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
-    ("--lang_mix sw --hold_out_langs sw", "--hold_out_langs"), ("--batch 4.5", "--batch"), ("--no_checkpointin", "checkpointing"),
-    ("--imitate_weight -1", "--imitate_weight"), ("--imitate_weight nan", "--imitate_weight"), ("--redraw -0.1", "--redraw"),
-    ("--redraw 1.5", "--redraw"), ("--redraw nan", "--redraw"), ("--noise -1", "--noise"), ("--noise nan", "--noise"),
-])  # fmt: skip
-def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-    with pytest.raises(SystemExit) as end:
-        train.run_main(train.main)
-    err = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and words in err and "\n" not in err
-
-
 def test_a_run_is_not_overwritten_nor_resumed_with_other_flags():
     Path("out/r").mkdir(parents=True)
     Path("out/r/other").touch()
     with pytest.raises(ValueError, match="is not a run"):
-        train.main([*FLAGS, "--run", "r"])
+        train.main([*FLAGS, "--name", "r"])
     Path("out/r/train.json").touch()
     with pytest.raises(ValueError, match="--resume out/r"):
-        train.main([*FLAGS, "--run", "r"])
-    assert train.main([*FLAGS, "--run", "s"]) == 0
+        train.main([*FLAGS, "--name", "r"])
+    assert train.main([*FLAGS, "--name", "s"]) == 0
     with pytest.raises(ValueError, match="--lr 0.5: the run to resume has"):
         train.main(["--resume", "out/s", "--lr", "0.5"])
 
 
 def process(*flags):
     """A real `python train.py` on the small model, as a process that can be killed."""
-    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import train, test_train\n"
-            "train.PRESETS['nano'] = test_train.SMALL; train.MEASUREMENTS = ('validation',)\n"
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests' / 'training')!r}, {str(ROOT / 'tests')!r}]; import train, test_train\n"
+            "from nanomblip.model.mblip import PRESETS; PRESETS['nano'] = test_train.SMALL; train.MEASUREMENTS = ('validation',)\n"
             "train.load_emoji, train.LanguageID = (lambda _: test_train.EMOJI), (lambda _: test_train.LANGUAGE_ID)\n"
             "train.run_main(train.main)")  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -443,10 +262,10 @@ LONG = [*FLAGS[2:], "--steps", "90", "--save_every", "0", "--eval_every", "0"]
 
 
 def test_kill_9_and_sigterm_cost_nothing_but_time():
-    whole = process(*LONG, "--run", "whole")
+    whole = process(*LONG, "--name", "whole")
     whole.communicate()
     rng = random.Random(0)
-    run = process(*LONG, "--run", "killed")
+    run = process(*LONG, "--name", "killed")
     for at in (5, 60):
         wait_for_step("killed", at)
         time.sleep(rng.random() / 20)  # somewhere in a step, or in the middle of a save
@@ -463,67 +282,117 @@ def test_kill_9_and_sigterm_cost_nothing_but_time():
     assert not list(Path("out/killed").glob(".*.tmp"))
 
 
-def test_after_a_damaged_state_the_good_one_is_never_overwritten_by_it(tmp_path):
-    model = torch.nn.Linear(3, 2)
-    state = State(tmp_path, model, [torch.optim.AdamW(model.parameters())])
-    state.save(1, 0.0)
-    state.save(2, 0.0)
-    data = bytearray(state.path.read_bytes())
-    data[-3] ^= 1
-    state.path.write_bytes(data)
-    assert state.load()[0] == 1
-    state.save(3, 0.0)
-    state.path.unlink()  # as if that save had been cut off
-    assert state.load()[0] == 1
+def test_official_bases_are_fetched(bases, monkeypatch):
+    """Of the model that sees, only what is not its language model."""
+    _, reads, flags = bases
+    asked = []
+    folders = {"blip2-flan-t5-xl": Path("sees"), "mt0-small": Path("reads")}
+    monkeypatch.setattr(setup, "download", lambda name, folder, skip: asked.append((name, folder.name, skip)) or folders[name])
+    assert train.main([*flags, "--lora", "none", "--vision", "blip2-flan-t5-xl", "--llm", "mt0-small", "--name", "r"]) == 0
+    assert asked == [("blip2-flan-t5-xl", "blip2-flan-t5-xl", "language_"), ("mt0-small", "mt0-small", None)]
+    assert digest(dict(load_mblip("out/r").mt5.named_parameters())) == digest(dict(reads.named_parameters()))
 
 
-def test_a_second_process_on_the_same_run_is_refused(tmp_path):
-    lock = RunLock(tmp_path)
-    with pytest.raises(ValueError, match="another process"):
-        RunLock(tmp_path)
-    del lock
-    RunLock(tmp_path)
+def test_the_tokenizer_is_that_of_the_language_model(bases):
+    """A BLIP-2 brings the tokenizer of an English T5, which has nothing to say here."""
+    sees, reads, flags = bases
+    Path("sees/spiece.model").write_bytes(b"other pieces")
+    assert train.main([*flags, "--name", "r1"]) == 0
+    assert Path("out/r1/spiece.model").read_bytes() == Path("reads/spiece.model").read_bytes()
+    Path("reads/spiece.model").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="spiece.model"):
+        train.main([*flags, "--name", "r2"])
 
 
-@pytest.mark.parametrize("key,value", [("steps", None), ("steps", 2.5), ("checkpointing", 1), ("lang_mix", 3)])
+def test_a_language_model_that_is_int8_in_its_file_is_refused(bases):
+    config = json.loads(Path("reads/config.json").read_text())
+    Path("reads/config.json").write_text(json.dumps(config | {"quantization_config": dict(quant_method="bitsandbytes", load_in_8bit=True)}))
+    with pytest.raises(ValueError, match="reads: holds int8"):
+        train.main([*bases[2], *ADAPTED, "--name", "r"])
+
+
+def test_of_a_large_model_the_trained_parts_alone_are_written(bases, monkeypatch):
+    """With the ViT in int8, too; what was adapted is in adapter/."""
+    sees, reads, flags = bases
+    monkeypatch.setattr("nanomblip.training.saver.LARGE", 1000)
+    assert train.main([*flags, "--vision_dtype", "int8", "--name", "r"]) == 0
+    model = load_mblip("out/r")
+    for name, p in model.named_parameters():
+        frozen = (sees if name.startswith("vit.") else reads if name.startswith("mt5.") else None)
+        assert frozen is None or torch.equal(p, frozen.get_parameter(name.removeprefix("mt5."))), name
+    load_adapter(model.mt5, "out/r/adapter")
+    assert Path("out/r/model.safetensors").stat().st_size < 0.2 * Path("sees/model.safetensors").stat().st_size
+    assert json.loads(Path("out/r/config.json").read_text())["bases"]["vision"] == "../../sees"
+
+
+def test_a_killed_loader_worker_is_one_line_and_the_run_can_be_gone_on_with(monkeypatch):
+    """A worker that the system kills, in a real process of its own."""
+    assert train.main([*FLAGS, "--name", "whole"]) == 0
+    fetch = train.Loader.__next__
+
+    def killed(loader):
+        if train.Path("out/r/loss.csv").read_text().count("\n") == 4:
+            for worker in loader.batches._workers:
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.join()
+        return fetch(loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loader, "__next__", killed)
+        with pytest.raises(ValueError, match="loader worker was killed.*--workers"):
+            train.main([*FLAGS, "--workers", "1", "--name", "r"])
+    assert train.main(["--resume", "out/r"]) == 0
+    assert everything("r") == everything("whole")
+
+
+def test_a_second_rank_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        train.main([*FLAGS, "--name", "r"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
+    before = {}
+    loss = MBLIP.loss
+
+    def poisoned(self, *args, **kwargs):
+        before["model"] = self
+        before["digest"] = digest(dict(self.named_parameters()))
+        return loss(self, *args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(MBLIP, "loss", poisoned)
+    with pytest.raises(ValueError, match="loss nan.*step 0"):
+        train.main([*FLAGS, "--name", "nan"])
+    assert digest(dict(before["model"].named_parameters())) == before["digest"]
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--steps 0", "--steps 0"), ("--steps x", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--beta2 1", "--beta2"),
+    ("--lang_mix klingon", "klingon"), ("--lang_mix sw:0", "--lang_mix"), ("--lang_alpha nan", "--lang_alpha"),
+    ("--tasks dance", "--tasks"), ("--concepts some", "--concepts"), ("--warmup all", "--warmup"), ("--init nowhere", "nowhere"),
+    ("--name a/b", "--name"), ("--name ..", "--name"), ("--name q\udcff", "--name"), ("--seed 99999999999999999999", "--seed"), ("--resume nowhere", "nowhere"), ("--device tpu", "--device"), ("--stepz 3", "--steps"),
+    ("--lang_mix sw --hold_out_langs sw", "--hold_out_langs"), ("--batch 4.5", "--batch"), ("--no_checkpointin", "checkpointing"),
+    ("--redraw -0.1", "--redraw"), ("--lora_r 0", "--lora_r"), ("--lora_alpha nan", "alpha nan"), ("--lora_dropout 1", "dropout 1"), ("--lora_lr 0", "--lora_lr 0"),
+    ("--warmup names --mixture m.json --image_root .", "--warmup names with --mixture"), ("--mixture m.json", "--image_root"),
+    ("--recipe paper --warmup names", "--recipe paper has --warmup projection"), ("--recipe paper --noise 0.5", "--recipe paper has --noise 0"),
+    ("--lora all --warmup_steps 9 --steps 9", "--lora all without stage 2"), ("--warmup_steps 9 --steps 8", "--warmup_steps 9"),
+    ("--warmup none --warmup_steps 2", "--warmup none"), ("--init random --warmup names", "--warmup names with --init random"),
+    ("--init random --int8", "--int8 True is for a frozen part"), ("--init random --lora qv", "--lora qv is for"), ("--int8 --bf16 on", "--int8 --bf16 on"),
+    ("--init random --vision_dtype int8", "--vision_dtype int8 is for"), ("--views 0 --noise 0.5", "--noise 0.5 with --views 0"),
+    ("--redraw 1.5", "--redraw"), ("--redraw nan", "--redraw"), ("--noise -1", "--noise"), ("--noise nan", "--noise"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        train.run_main(train.main)
+    err = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and words in err and "\n" not in err
+
+
+@pytest.mark.parametrize("key,value", [("steps", None), ("steps", 2.5), ("checkpointing", "yes"), ("lang_mix", 3)])
 def test_a_damaged_config_cannot_be_resumed(key, value):
     Path("out/r").mkdir(parents=True)
-    config = {f.name: f.default for f in train.fields(train.Config)}
+    config = {f.name: f.default for f in fields(train.Config)}
     Path("out/r/train.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match="does not fit"):
         train.main(["--resume", "out/r"])
-
-
-def test_imitation_comes_first_and_moves_the_whole_bridge(bases, monkeypatch):
-    """The Q-Former, queries and projection learn in it, the language model is not run, and a stop inside it costs no bit."""
-    sees, reads, flags = bases
-    flags = [*flags, "--imitate", "0.5"]
-    calls = []
-    with monkeypatch.context() as patch:
-        forward = MBLIP.forward
-        patch.setattr(MBLIP, "forward", lambda self, *args, **kwargs: (calls.append(1), forward(self, *args, **kwargs))[1])
-        assert train.main([*flags, "--run", "whole"]) == 0
-    assert len(calls) == 2 * (9 - 4)  # micro-batches of the steps after the first four
-    whole = load_mblip("out/whole")
-    assert not torch.equal(whole.queries, sees.queries) and not torch.equal(whole.qformer.blocks[0].fc1.weight, sees.qformer.blocks[0].fc1.weight)
-    assert train.digest(dict(whole.mt5.named_parameters())) == train.digest(dict(reads.named_parameters()))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train.main([*flags, "--run", "cut"]) == 128 + signal.SIGINT
-    assert train.main(["--resume", "out/cut"]) == 0
-    assert everything("cut") == everything("whole")
-    with pytest.raises(ValueError, match="--imitate 2"):
-        train.main([*flags, "--imitate", "2", "--run", "r"])
-
-
-def test_imitation_goes_on_beside_the_language_model_with_its_weight(bases):
-    """The first phase does not know the weight; the second logs the language model's loss alone, and both pull."""
-    _, _, flags = bases
-    losses = {}
-    for weight in ("0", "5"):
-        assert train.main([*flags, "--imitate", "0.5", "--imitate_weight", weight, "--run", f"w{weight}"]) == 0
-        losses[weight] = [line.split(",") for line in Path(f"out/w{weight}/loss.csv").read_text().splitlines()[1:]]
-    (none, some), phase = losses.values(), 4
-    assert none[:phase] == some[:phase]
-    assert none[phase][1] == some[phase][1] and float(none[phase][2]) < float(some[phase][2])  # the same loss told, a larger gradient
-    assert none[phase + 1][1] != some[phase + 1][1]
