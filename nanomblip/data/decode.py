@@ -149,6 +149,8 @@ def _decode(source, invert: bool = False) -> Image.Image:
         if img.width * img.height > MAX_PIXELS:  # only the header has been read so far
             raise Image.DecompressionBombError
         if img.format == "PNG":
+            if img.mode == "P" and img.palette is None:
+                raise OSError("its palette is missing")  # Pillow would take the numbers for greys
             _scale_colour_key(img)
         box = img.tile[0][1] if img.format == "GIF" and img.tile else None
         with _quiet_libtiff() if img.format == "TIFF" else nullcontext():

@@ -17,26 +17,8 @@ ORIENTATION = 0x0112  # the EXIF and TIFF tag that says how the camera was held
 
 # TIFF tags that say how the pixels are stored: size, depth, compression, strips, tiles, palette, kind of alpha ...
 PHOTOMETRIC, COMPRESSION = 262, 259
-PIXEL_TAGS = frozenset(
-    (
-        *range(256, 260),
-        PHOTOMETRIC,
-        266,
-        273,
-        ORIENTATION,
-        277,
-        278,
-        279,
-        284,
-        292,
-        293,
-        317,
-        320,
-        *range(322, 326),
-        338,
-    )
-    + (339, 347, *range(512, 522), *range(529, 533))
-)
+PIXEL_TAGS = {PHOTOMETRIC, ORIENTATION, 256, 257, 258, COMPRESSION, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320}
+PIXEL_TAGS |= {322, 323, 324, 325, 338, 339, 347, *range(512, 522), *range(529, 533)}
 FAX = (2, 3, 4)  # the compressions of black and white pages
 
 
@@ -82,7 +64,7 @@ def _orientation_only(exif: bytes) -> bytes:
 
 
 def _strip_png(data: bytes) -> bytes:
-    """Keep the critical chunks (their names begin with a capital letter), transparency and orientation.
+    """Keep the critical chunks (bit 5 of their names' first byte is 0), transparency and orientation.
 
     As libpng does, damaged transparency is ignored: the picture is opaque then.
     """
@@ -90,7 +72,7 @@ def _strip_png(data: bytes) -> bytes:
     while at + 12 <= len(data):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         body, crc = data[at + 8 : end - 4], int.from_bytes(data[end - 4 : end], "big")
-        if kind[:1].isupper():
+        if not kind[0] & 32:
             parts.append(data[at:end])
         elif kind == b"tRNS" and len(body) >= {0: 2, 2: 6}.get(colour, 1) and crc == zlib.crc32(kind + body):
             parts.append(data[at:end])
@@ -143,7 +125,7 @@ def _strip_tiff(data: bytes) -> bytes:
 
 
 def _tiff_directory(data: bytes) -> tuple[str, int, dict[int, bytes], str, int]:
-    """Of the first directory: byte order, place, entries by tag; then the code of an offset and the size of an entry."""
+    """Byte order, place and entries (by tag) of the first directory, code of an offset, size of an entry."""
     order, big = "<>"[data.startswith(b"MM")], 43 in data[2:4]
     place, number, count, size = (8, "Q", "Q", 20) if big else (4, "I", "H", 12)
     (start,) = struct.unpack_from(order + number, data, place)
@@ -153,6 +135,8 @@ def _tiff_directory(data: bytes) -> tuple[str, int, dict[int, bytes], str, int]:
         raise struct.error("cut short")
     places = range(first, first + entries * size, size)
     found = {struct.unpack_from(order + "H", data, at)[0]: data[at : at + size] for at in places}
+    if list(found) != sorted(found):
+        raise struct.error("out of order, as it must not be: damaged")
     return order, start, found, number, size
 
 

@@ -164,7 +164,7 @@ def xflickrco(path: Path, names) -> list[Item]:
 def xgqa(path: Path, names) -> list[Item]:
     lang, items = file_language(path), []
     for key, row in read_object(path).items():
-        where = f"{path}: question {key}"
+        where = f"{path}: question {key[:40]!r}"
         image, asked, label = (field(row, name, str, where) for name in ("imageId", "question", "answer"))
         items.append(Item((f"{image}.jpg",), lang, "en", BENCHMARK["xgqa"].format(q=asked), (label,)))
     return items
@@ -201,7 +201,7 @@ def vqav2(questions: Path, annotations: Path) -> list[Item]:
         key, image = (field(row, name, (int, str), where) for name in ("question_id", "image_id"))
         text = field(row, "question", str, where)
         if key not in answers:
-            raise ValueError(f"{annotations}: has no answers to question {key} of {questions}")
+            raise ValueError(f"{annotations}: has no answers to question {key!r} of {questions}")
         if not re.fullmatch("[0-9]{1,12}", str(image)):
             raise ValueError(f"{where}: 'image_id' is {str(image)[:20]!r}, not the number of a picture of COCO")
         name = f"COCO_{split}_{int(image):012d}.jpg"

@@ -312,6 +312,15 @@ def test_the_transparent_colour_of_a_png_is_in_its_own_depth():
     assert at(png(8, 2, bytes(range(6)), (b"tRNS", b"\0"))) == [(0, 1, 2), (3, 4, 5)]  # damaged: ignored, as by libpng
 
 
+def test_a_png_without_its_palette_is_refused():
+    palette = (b"PLTE", bytes([1, 2, 3, 4, 5, 6]))
+    good = png(8, 3, b"\0\1", palette)
+    assert read(good)[0].tolist() == [[1, 2, 3], [4, 5, 6]]
+    for bad in (png(8, 3, b"\0\1"), good.replace(b"PLTE", b"pLTE"), good.replace(b"PLTE", b"\xcbLTE")):
+        with pytest.raises(ImageError, match="damaged"):
+            read(bad)
+
+
 def test_gamma_and_profiles_are_ignored():
     for chunk in ((b"gAMA", struct.pack(">I", 100_000)), (b"iCCP", b"x\0\0" + zlib.compress(b"a profile"))):
         assert (read(png(8, 2, bytes([100, 50, 25]), chunk)) == (100, 50, 25)).all()

@@ -70,7 +70,9 @@ def test_jpeg_segments(marker, body):
     jpeg = encode(BASE, "JPEG")
     assert (read(jpeg[:2] + segment(marker, body) + jpeg[2:]) == read(jpeg)).all()
     turned = segment(0xE1, orientation(6))
-    assert read(jpeg[:2] + segment(marker, body) + turned + jpeg[2:]).shape == ((24, 20, 3) if b"Exif" in body else (20, 24, 3))
+    assert read(jpeg[:2] + segment(marker, body) + turned + jpeg[2:]).shape == (
+        (24, 20, 3) if b"Exif" in body else (20, 24, 3)
+    )
 
 
 def test_the_copy_of_a_cmyk_jpeg_stays_cmyk():
@@ -105,19 +107,51 @@ def test_avif_with_damaged_exif():
 def test_random_metadata(capfd):
     """Random and damaged blocks in every format: the same pixels, upright or turned as a readable tag says."""
     rng, jpeg = random.Random(0), encode(BASE, "JPEG")
-    prefixes = (b"", b"Photoshop 3.0\x008BIM", b"ICC_PROFILE\0", b"MPF\0", b"JFIF", b"Adobe", b"http://ns.adobe.com/xap/1.0/\0")
-    chunks = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"acTL", b"fcTL", b"fdAT", b"sBIT", b"zzZz")
+    prefixes = (
+        b"",
+        b"Photoshop 3.0\x008BIM",
+        b"ICC_PROFILE\0",
+        b"MPF\0",
+        b"JFIF",
+        b"Adobe",
+        b"http://ns.adobe.com/xap/1.0/\0",
+    )
+    chunks = (
+        b"eXIf",
+        b"tEXt",
+        b"zTXt",
+        b"iTXt",
+        b"iCCP",
+        b"gAMA",
+        b"cHRM",
+        b"sRGB",
+        b"pHYs",
+        b"acTL",
+        b"fcTL",
+        b"fdAT",
+        b"sBIT",
+        b"zzZz",
+    )
     for _ in range(600):
-        junk = bytearray(orientation(1)[6:] + b"\0\0\0\0" + bytes(20) if rng.random() < 0.5 else rng.randbytes(rng.randrange(80)))
+        junk = bytearray(
+            orientation(1)[6:] + b"\0\0\0\0" + bytes(20) if rng.random() < 0.5 else rng.randbytes(rng.randrange(80))
+        )
         for _ in range(rng.choice((0, 1, 4)) if junk else 0):
             junk[rng.randrange(len(junk))] = rng.choice((0, 1, 255))
         junk = bytes(junk)
         marker, prefix = rng.choice((0xE0, 0xE1, 0xE2, 0xE5, 0xED, 0xFE)), rng.choice(prefixes)
         pixels = read(jpeg[:2] + segment(marker, prefix + junk) + jpeg[2:])
-        assert sorted(pixels.shape) == [3, 20, 24] and (pixels.shape[0] != 24 or abs(pixels.mean() - read(jpeg).mean()) < 1)
+        assert sorted(pixels.shape) == [3, 20, 24] and (
+            pixels.shape[0] != 24 or abs(pixels.mean() - read(jpeg).mean()) < 1
+        )
         kind, keyword = rng.choice(chunks), rng.choice((b"", b"key\0", b"key\0\0"))
-        assert sorted(read(encode(BASE, "PNG")[:33] + png_chunk(kind, keyword + junk) + encode(BASE, "PNG")[33:]).shape) == [3, 20, 24]
-        more = RGB_TIFF | {257: (3, [24]), rng.choice((270, 282, 305, 700, 34665, 34675, 34853, 50341)): (rng.choice((1, 2, 7)), list(junk or b"x"))}
+        assert sorted(
+            read(encode(BASE, "PNG")[:33] + png_chunk(kind, keyword + junk) + encode(BASE, "PNG")[33:]).shape
+        ) == [3, 20, 24]
+        more = RGB_TIFF | {
+            257: (3, [24]),
+            rng.choice((270, 282, 305, 700, 34665, 34675, 34853, 50341)): (rng.choice((1, 2, 7)), list(junk or b"x")),
+        }
         assert read(tiff(PIXELS.tobytes(), 20, [8] * 3, more)).shape == (24, 20, 3)
         assert read(encode(BASE, "WEBP", exif=junk, xmp=junk, icc_profile=junk)).size == PIXELS.size
     assert capfd.readouterr() == ("", "")
@@ -135,8 +169,11 @@ def test_a_copy_has_no_metadata_and_damage_has_no_copy():
         with Image.open(io.BytesIO(copy)) as img:
             assert img.getexif()[0x0112] == 3 and 65000 not in img.getexif() and "icc_profile" not in img.info
     assert without_metadata(io.BytesIO(encode(BASE, "GIF"))) is None and without_metadata(io.BytesIO(b"")) is None
+    page = tiff(bytes(4), 4, [8], {})
+    swapped = page[:10] + page[22:34] + page[10:22] + page[34:]  # entries out of order
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for data in (b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1\xff\xffx", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", b"\x89PNG\r\n\x1a\n\0\0\0\0"):
+        jpegs, short = (b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1\xff\xffx"), b"\x89PNG\r\n\x1a\n\0\0\0\0"
+        for data in (*jpegs, b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", swapped, short):
             assert without_metadata(io.BytesIO(data)) is None
     assert without_metadata(io.BytesIO(tiff(struct.pack("<4H", 1, 2, 3, 4), 4, [16], {262: (3, [0])})))[1] is True

@@ -157,7 +157,7 @@ def test_a_language_is_asked_for_where_the_name_does_not_settle_it(tmp_path, nam
 GOOD = {
     "xm3600": ("c.jsonl", {"image/key": "k", "de": {"caption": ["Hund"]}}, "line 2"),
     "xflickrco": ("de/test.jsonl", {"img_path": "1.jpg", "sentences": ["Hund"]}, "line 2"),
-    "xgqa": ("q_de.json", {"imageId": "n1", "question": "Was?", "answer": "dog"}, "question b"),
+    "xgqa": ("q_de.json", {"imageId": "n1", "question": "Was?", "answer": "dog"}, "question 'b'"),
     "maxm": ("m_de.json", {"image_id": "1", "qa_pairs": [{"question": "Was?", "processed_answers": ["Hund"]}]}, "annotation 1"),
     "xvnli": ("de/test.jsonl", {"Flikr30kID": "1.jpg", "sentence2": "Zwei", "gold_label": "neutral"}, "line 2"),
     "marvl": ("m.jsonl", {"language": "sw", "concept": "c", "caption": "t", "left_img": "1.jpg", "right_img": "2.jpg", "label": True}, "line 2"),
@@ -201,7 +201,8 @@ def test_every_field_of_every_reader_is_checked_when_the_file_is_read(tmp_path, 
     _, good, item = GOOD[task]
     assert len(read_benchmark(task, [benchmark_file(tmp_path, task, good)])) == 2
     for path in places(good):
-        for value in (KeyError, None, 3, 1.5, "", "  ", [], {}, [[]], [{}], [None], [""], [3], {"x": 1}, {"raw": 3}, {"raw": "a", "caption": "b"}, "\ud800"):
+        lists, objects = ([], [[]], [{}], [None], [""], [3]), ({}, {"x": 1}, {"raw": 3}, {"raw": "a", "caption": "b"})
+        for value in (KeyError, None, 3, 1.5, "", "  ", "\ud800", *lists, *objects):
             if path == ("de",) and value is KeyError:
                 continue  # XM3600 has no caption in a language that a line does not name
             with pytest.raises(ValueError) as error:
