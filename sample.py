@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from nanomblip.data.decode import ImageError, list_images, load_image
 from nanomblip.data.emoji import load_emoji
-from nanomblip.data.image import ImageConfig, ImageError, image_to_tensor, list_images, load_image
+from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.processor import save_processor
 from nanomblip.data.prompts import EVAL_PROMPT
@@ -179,7 +180,9 @@ def main(argv: list[str]) -> int:
     cfg = parse_flags(Config, argv, "Caption pictures in one of many languages.")
     if not cfg.image:
         raise ValueError("--image is missing; name at least one picture or folder")
-    files = list_images(list(cfg.image))
+    files, left_out = list_images(list(cfg.image))
+    if left_out:
+        print(f"sample.py: {left_out}", file=sys.stderr)
     folder, decoding = find_model(cfg.model), decoding_of(cfg)
     lang = parse_lang(cfg.lang, spoken(folder))
     device = pick_device(cfg.device)

@@ -27,7 +27,8 @@ import torch
 from make_checkpoint import cut_layers, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from nanomblip.data.image import ImageConfig, image_to_tensor, load_image
+from nanomblip.data.decode import load_image
+from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.processor import save_processor
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main

@@ -104,6 +104,8 @@ def test_a_batch_goes_on_past_bad_pictures_and_reports_them_at_the_end(capsys, t
         Image.new("RGB", (30 + i, 20), (80 * i, 0, 0)).save(path)
     (tmp_path / "0bad.png").write_bytes(b"")
     (tmp_path / "zbad.jpg").write_bytes(b"not a picture")
+    for name in ("a.heic", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
     target = tmp_path / "captions.jsonl"
     status, out, err = run(capsys, "--image", tmp_path, tmp_path / "gone.png", "--batch", 2, "--lang", "sw", "--out", target)
     assert status == 1 and out == ""
@@ -112,6 +114,7 @@ def test_a_batch_goes_on_past_bad_pictures_and_reports_them_at_the_end(capsys, t
     assert all(row["lang"] == "sw" and row["prompt"] == "Caption the image in Swahili." and row["texts"] for row in rows)
     for word in ("0bad.png", "zbad.jpg", "gone.png", "3 of 6"):
         assert word in err
+    assert "sample.py: 2 other files in the folder left out (1 .heic, 1 .txt); save HEIC as JPEG or PNG\n" in err
 
 
 @pytest.mark.parametrize("content,words", [(None, "no such file"), (b"", "empty"), (b"hello", "not a picture"), ("cut", "damaged"),

@@ -1,200 +1,18 @@
-"""Pictures: from a file that a stranger made to the (3, size, size) tensor that the ViT wants.
+"""From a PIL image in mode RGB to the float (3, size, size) tensor that the ViT wants. (decode.py reads files.)
 
-Two halves, and the line between them is a PIL image in mode RGB:
-
-- reading (`load_image`, `list_images`) is about strangeness: rotated, transparent, 16-bit, animated, huge or broken
-  files come out right or as one `ImageError`. (The original training code turns an unreadable file into a black picture
-  and trains on it.)
-- preprocessing (`image_to_tensor`, `augment_image`, `array_to_tensor`) is a few lines of arithmetic, equal to BLIP's
-  image processor: squeeze to a square, bicubic, divide by 255, then centre and scale by the statistics of CLIP's data.
+For evaluation (`image_to_tensor`, `array_to_tensor`) this is a few lines of arithmetic, equal to BLIP's image
+processor: squeeze to a square, bicubic, divide by 255, then centre and scale by the statistics of CLIP's data. For
+training, `augment_image` crops and mirrors at random, and `redraw` makes a drawing as another hand might have made it.
 """
 
-import logging
 import math
-import os
 import random
-import stat
-import warnings
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-
-MAX_PIXELS = 50_000_000
-
-# What we let Pillow try. Its full list has formats that run other programs (EPS starts Ghostscript) or that nobody
-# fuzzes; these seven are what photographs and drawings come in.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-EXTENSIONS = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
-
-# EXIF tag 0x0112: how the camera was held, as the transposition that undoes it.
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-# Pillow logs some damage before it raises. With nobody listening Python would print that; a silent listener stops it.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-
-class ImageError(ValueError):
-    """One line about a picture that cannot be used: the file, what is wrong and what to do."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_image(source) -> Image.Image:
-    """Read a picture as an upright, opaque PIL image in mode RGB.
-
-    source is a path or a binary file object. Of an animation this is the first frame; transparent places become white;
-    16-bit, float, palette and CMYK pictures become 8-bit RGB; colour profiles are ignored, as in the original.
-    Raises ImageError for everything that cannot be read, and before decoding for more than MAX_PIXELS pixels.
-    """
-    # repr keeps a hostile file name (newline, escape codes, broken bytes) on one printable line.
-    name = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "<bytes>"
-    if name != "<bytes>":
-        _check_file(source, name)
-    try:
-        with warnings.catch_warnings():  # Pillow warns about odd metadata and about sizes below our own limit
-            warnings.simplefilter("ignore")
-            with Image.open(source, formats=FORMATS) as img:
-                if img.width * img.height > MAX_PIXELS:  # only the header has been read so far
-                    raise Image.DecompressionBombError
-                with _quiet_libtiff() if img.format == "TIFF" else nullcontext():
-                    img.load()
-                upright = _upright(img)  # after load: Pillow turns TIFF files by itself, and then takes the tag away
-                rgb = _to_rgb(img)
-        rgb.info.clear()  # else the tag stays behind, and the next reader turns the picture again
-        return rgb if upright is None else rgb.transpose(upright)
-    except UnidentifiedImageError:
-        problem = f"not a picture, or a damaged one, or not one of {', '.join(FORMATS)}; convert it or leave it out"
-    except Image.DecompressionBombError:  # ours, or Pillow's own for four times as much
-        problem = f"too large, more than {MAX_PIXELS // 10**6} million pixels; scale it down first"
-    except Exception as error:
-        # Decoders meet damage in the middle of arithmetic, so nearly any exception can come out: OSError, SyntaxError,
-        # struct.error, EOFError, KeyError, MemoryError ... Each means the same: this file cannot be used.
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        problem = f"damaged, cut short or of an unsupported kind ({detail}); save it again or leave it out"
-    raise ImageError(f"{name}: {problem}")
-
-
-def _check_file(path, name: str) -> None:
-    """Raise ImageError unless `path` is an ordinary file that has content and may be read (a pipe would block)."""
-    try:
-        info = os.stat(path)
-        if stat.S_ISDIR(info.st_mode):
-            problem = "is a folder; give a picture in it"
-        elif not stat.S_ISREG(info.st_mode):
-            problem = "is not an ordinary file; give a picture file"
-        elif info.st_size == 0:
-            problem = "the file is empty (0 bytes); fetch it again"
-        else:
-            open(path, "rb").close()
-            return
-    except (FileNotFoundError, NotADirectoryError):
-        problem = "no such file; check the path"
-    except (OSError, ValueError) as error:  # no permission, name too long; ValueError for a zero byte in the name
-        problem = f"cannot be opened ({getattr(error, 'strerror', None) or error}); check the path and its permissions"
-    raise ImageError(f"{name}: {problem}")
-
-
-@contextmanager
-def _quiet_libtiff():
-    """Mute the process's stderr for a moment: libtiff, a C library, prints there what Pillow then raises anyway."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # a process without stderr has nothing to silence
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def _upright(img: Image.Image) -> Image.Transpose | None:
-    """Return the transposition that turns a loaded picture upright according to its EXIF tag, None for no change.
-
-    Shorter than Pillow's `exif_transpose`, which also writes the remaining tags back and fails when one of them is odd.
-    """
-    try:
-        return UPRIGHT.get(img.getexif().get(ORIENTATION_TAG))
-    except Exception:  # damaged metadata (SyntaxError, struct.error, ...) must not cost us the picture
-        return None
-
-
-def _to_rgb(img: Image.Image) -> Image.Image:
-    """Convert a loaded picture of any mode to RGB: deep greys scaled to 8 bits, transparency put on white."""
-    if img.mode.startswith(("I", "F")):
-        # Pillow's own convert("RGB") clips: a 16-bit grey of 40,000 would come out as white.
-        values = np.asarray(img, dtype=np.float32)
-        values = np.where(np.isfinite(values), values, 0)
-        hidden = img.info.get("transparency")  # a 16-bit PNG may declare one grey transparent
-        grey = np.clip(values * (255 / _white_level(img.mode, float(values.max()))), 0, 255).round().astype(np.uint8)
-        if isinstance(hidden, int):
-            grey[values == hidden] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if img.has_transparency_data:
-        # Plain convert("RGB") drops the alpha and shows the colours that were hidden under it.
-        rgba = img.convert("RGBA")
-        rgb = Image.new("RGB", img.size, "white")
-        rgb.paste(rgba, mask=rgba)
-        return rgb
-    return img.convert("RGB")
-
-
-def _white_level(mode: str, largest: float) -> float:
-    """Guess which value is white: 65535 for integers (I;16, I), 1, 255 or 65535 for floats (F), or else the largest."""
-    levels = (1, 255, 65535) if mode == "F" else (65535,)
-    return next((level for level in levels if largest <= level), largest)
-
-
-def list_images(paths: list[str]) -> list[Path]:
-    """Expand what a user gave as `--image` into files: a file stays as it is, a folder becomes its pictures by name.
-
-    Folders are not searched deeper and hidden files are left out. A file that does not exist is kept, so that a job
-    over many pictures can report it and go on. Raises ImageError when nothing was given or a folder holds no picture.
-    """
-    assert not isinstance(paths, str), f"a list of paths, not the string {paths!r}"
-    files = []
-    for path in paths:
-        if not os.path.isdir(path):
-            files.append(Path(path))
-            continue
-        try:
-            inside = sorted(Path(path).iterdir())
-        except OSError as error:
-            problem = f"the folder cannot be read ({error.strerror}); check its permissions"
-            raise ImageError(f"{str(path)!r}: {problem}") from None
-        found = [f for f in inside if f.suffix.lower() in EXTENSIONS and not f.name.startswith(".") and f.is_file()]
-        if not found:
-            raise ImageError(f"{str(path)!r}: the folder holds no picture ({' '.join(sorted(EXTENSIONS))})")
-        files += found
-    if not files:
-        raise ImageError("no picture given; name at least one file or folder")
-    return files
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Preprocessing
-# ---------------------------------------------------------------------------------------------------------------------
+from PIL import Image
 
 # The steps below, as transformers' `preprocessor_config.json` spells them. 3 is bicubic.
 HF_FIXED = {
@@ -303,12 +121,12 @@ def augment_image(
 
 
 def redraw(x: torch.Tensor, generator: torch.Generator, strength: float = 1.0, flip: bool = True) -> torch.Tensor:
-    """Each drawing as another hand might have made it: x float (B, 3, H, W) in 0..1 on white -> the same shape and range.
+    """Each drawing as another hand might have made it: x float (B, 3, H, W) in 0..1 on white -> the same.
 
-    Always: turned up to 15 degrees, scaled by 0.8 to 1.15, shifted by up to a tenth, mirrored half of the time. Each with its own
-    probability: colours tinted and mixed (0.6), another background colour (0.3; multiplied in, as through tinted glass), blurred (0.15), only
-    its edges left, dark on white (0.1). strength 0..1 scales all of these ranges and probabilities but the mirror's.
-    flip: as in `augment_image`; the rest does not depend on it.
+    Always: turned up to 15 degrees, scaled by 0.8 to 1.15, shifted by up to a tenth, mirrored half of the time. Each
+    with its own probability: colours tinted and mixed (0.6), another background colour (0.3; multiplied in, as through
+    tinted glass), blurred (0.15), only its edges left, dark on white (0.1). strength 0..1 scales all of these ranges
+    and probabilities but the mirror's. flip: as in `augment_image`; the rest does not depend on it.
     """
     B, a = len(x), strength
     u = lambda low, high, *shape: torch.empty(B, *shape).uniform_(low, high, generator=generator)
@@ -344,8 +162,9 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 def random_crop_box(width: int, height: int, rng: random.Random, smallest: float = 0.5) -> tuple[int, int, int, int]:
     """Draw a crop (left, top, right, bottom) in pixels, as torchvision's RandomResizedCrop does.
 
-    The share of the area is uniform from `smallest` to 1; the aspect ratio, width / height, is uniform in its logarithm,
-    so that wide and tall are equally likely. Ten tries to fit inside; then the largest central crop with an allowed ratio.
+    The share of the area is uniform from `smallest` to 1; the aspect ratio, width / height, is uniform in its
+    logarithm, so that wide and tall are equally likely. Ten tries to fit inside; then the largest central crop with an
+    allowed ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(smallest, 1.0)

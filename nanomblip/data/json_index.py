@@ -1,12 +1,13 @@
 """The paper's own data: JSON files of millions of examples, read at random without loading them.
 
-A mixture in the released format (Gregor/mblip-train) is one JSON array of objects {context, label, image_id}: a whole prompt,
-the text to write, and the file name of a picture. Five million of them are a gigabyte, and more than ten once they are
-Python objects, in every loader worker again. So the file is read once from front to back (`build_index`), each object is checked,
-and the place where it starts goes to a sidecar, `FILE.index`, as 8 bytes. From then on example n is one read of a few
-hundred bytes, and opening takes the same time however long the file is.
+A mixture in the released format (Gregor/mblip-train) is one JSON array of objects {context, label, image_id}: a whole
+prompt, the text to write, and the file name of a picture. Five million of them are a gigabyte, and more than ten once
+they are Python objects, in every loader worker again. So the file is read once from front to back (`build_index`), each
+object is checked, and the place where it starts goes to a sidecar, `FILE.index`, as 8 bytes. From then on example n is
+one read of a few hundred bytes, and opening takes the same time however long the file is.
 
-    FILE.index = 4096 bytes (JSON: size, time and hash of head and tail of FILE, number of examples) + uint64 (count + 1,) offsets
+    FILE.index = 4096 bytes of JSON (size, time and hash of head and tail of FILE, number of examples)
+                 + offsets, uint64 (count + 1,)
 
 The sidecar is made again when FILE changes.
 """
@@ -63,9 +64,10 @@ def check_example(row) -> str | None:
 
 
 def scan(path: Path):
-    """Yield the byte at which each example of a JSON array starts, then the byte of its "]". Every example is checked on the way.
+    """Yield the byte at which each example of a JSON array starts, then the byte of its "]".
 
-    Memory: a few CHUNKs. Raises MixtureError naming the file and the byte for anything but a whole array of good examples.
+    Every example is checked on the way. Memory: a few CHUNKs. Raises MixtureError naming the file and the byte for
+    anything but a whole array of good examples.
     """
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
     with open(path, "rb") as file:
@@ -172,8 +174,9 @@ def batched(values, size: int):
 class JsonExamples:
     """The examples of one mixture file by number: `examples[n]` -> (context, label, image_id).
 
-    The index is built at first use or when the file has changed. Only the offsets are memory-mapped; each example is read from
-    the file and parsed when it is asked for. Usable from several processes. Raises MixtureError naming file and byte.
+    The index is built at first use or when the file has changed. Only the offsets are memory-mapped; each example is
+    read from the file and parsed when it is asked for. Usable from several processes. Raises MixtureError naming file
+    and byte.
     """
 
     def __init__(self, path: Path | str, progress=None):

@@ -1,7 +1,7 @@
 """The paper's own data: a shuffled, endless stream of examples from JSON files in the released format (json_index.py).
 
-As in mixture.py, which example comes when is a pure function of (seed, epoch,
-index); the order of an epoch is a permutation that is computed place by place (`shuffled`) and never stored.
+As in mixture.py, which example comes when is a pure function of (seed, epoch, index); the order of an epoch is a
+permutation that is computed place by place (`shuffled`) and never stored.
 
 A picture that is missing or damaged is never replaced by a black one, as in the original: another example takes
 its place, and what went wrong is written to a file and summed up at the end of the run.
@@ -12,13 +12,15 @@ import json
 import os
 import random
 import re
+import unicodedata
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from nanomblip.data.decode import EXTENSIONS, ImageError, load_image
 from nanomblip.data.emoji import side_words
-from nanomblip.data.image import EXTENSIONS, ImageConfig, ImageError, augment_image, load_image
+from nanomblip.data.image import ImageConfig, augment_image
 from nanomblip.data.json_index import JsonExamples, MixtureError
 from nanomblip.data.mixture import Batches, Example
 from nanomblip.data.prompts import CAPTION, CAPTION_UNNAMED
@@ -29,8 +31,9 @@ from nanomblip.weights.files import read_json, write_json
 def shuffled(i: int, n: int, key: str) -> int:
     """Place i of a pseudo-random permutation of 0..n-1, computed alone: no table, no memory.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the numbers of an even number of bits: halves (l, r) become (r, l ^ hash(r)),
-    which can be undone whatever the hash is. Results of n and more are fed in again until one falls below n.
+    A Feistel network (Luby & Rackoff 1988) permutes the numbers of an even number of bits: halves (l, r) become
+    (r, l ^ hash(r)), which can be undone whatever the hash is. Results of n and more are fed in again until one falls
+    below n.
     """
     assert 0 <= i < n
     half = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -69,9 +72,8 @@ def _caption_pattern():
     return re.compile("|".join([*named, *map(re.escape, CAPTION_UNNAMED)]))
 
 
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff]"
-)  # Thai, Lao, Burmese, Khmer, kana, Han
+# Thai, Lao, Burmese, Khmer, kana, Han
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff]")
 
 
 @cache
@@ -84,8 +86,10 @@ def _sides() -> tuple[frozenset[str], tuple[str, ...]]:
 
 
 def speaks_of_sides(text: str) -> bool:
-    """Does a text say left or right, in one of 85 languages? By stems, so rather once too often; but what no name of an arrow
-    has, such as Russian "слева", goes unnoticed."""
+    """Does a text say left or right, in one of 85 languages?
+
+    By stems, so rather once too often; but what no name of an arrow has, such as Russian "слева", goes unnoticed.
+    """
     (stems, strings), text = _sides(), text.casefold()
     tokens = re.findall(r"[^\s.,;:!?'’\"()-]+", text)
     return any(token in stems or any(token[:n] in stems for n in range(4, len(token))) for token in tokens) or any(
@@ -105,9 +109,9 @@ def may_mirror(context: str, label: str) -> bool:
 class JsonMixture:
     """An endless stream of examples from one or more mixture files, `example(index)` as in mixture.Mixture.
 
-    sources: [(path, weight or None)]. Without weights the files are one long list, as in the paper, and every epoch shows each example
-    once. With weights each block of BLOCK examples holds the files in exactly these shares (to 1 / BLOCK), each file
-    being gone through in its own shuffled order, again and again.
+    sources: [(path, weight or None)]. Without weights the files are one long list, as in the paper, and every epoch
+    shows each example once. With weights each block of BLOCK examples holds the files in exactly these shares (to
+    1 / BLOCK), each file being gone through in its own shuffled order, again and again.
     """
 
     BLOCK = 1000
@@ -144,7 +148,7 @@ class JsonMixture:
         return [count / self.BLOCK for _, count in self.parts]
 
     def keep_identity(self, path: Path) -> None:
-        """Write down which files a run is made of; MixtureError when `path` (of an earlier part of the run) names others."""
+        """Write down which files a run is made of; MixtureError when `path`, of the run's beginning, names others."""
         mine = [{key: file.identity[key] for key in ("size", "head", "tail")} for file in self.files]
         if not Path(path).exists():
             write_json(path, mine)
@@ -153,9 +157,10 @@ class JsonMixture:
             raise MixtureError(f"--mixture: {names} changed since the run began ({path}); start a new run")
 
     def example(self, index: int, attempt: int = 0) -> Example:
-        """Example number `index` (0, 1, 2 ...); attempt 1, 2, ... are the ones that take its place when its picture is unusable.
+        """Example number `index` (0, 1, 2 ...); attempt 1, 2, ... take its place when its picture is unusable.
 
-        `picture` is the row in the list of all files; `task` is "caption" where the picture may be mirrored, else "other".
+        `picture` is the row in the list of all files; `task` is "caption" where the picture may be mirrored, else
+        "other".
         """
         key = f"{self.seed}/{index}" if not attempt else f"{self.seed}/{index}/{attempt}"
         block, place = divmod(index, self.BLOCK)
@@ -164,10 +169,7 @@ class JsonMixture:
             if place < count:
                 break
             place -= count
-        number, size = (
-            block * count + place,
-            sum(len(self.files[k]) for k in files),
-        )  # the number-th example of this part
+        number, size = block * count + place, sum(len(self.files[k]) for k in files)  # the number-th of this part
         epoch, i = divmod(number, size)
         row = shuffled(i, size, f"{self.seed}/{epoch}/{files}")
         if attempt:
@@ -191,26 +193,44 @@ class JsonMixture:
         raise IndexError(row)
 
 
+def is_relative_name(name: str, windows: bool = os.name == "nt") -> bool:
+    """Whether a stranger's name can be joined to a folder: no absolute path, no "..", nothing that is no text.
+
+    What else a name may hold is up to the file system: all on Linux and macOS, where screenshots are called
+    "... 10:15\\u202fAM.png". On Windows a colon begins a stream or ends a drive, a backslash is a slash, and dots and
+    spaces at the end do not count.
+    """
+    parts = name.split("/")
+    if len(name) > 4096 or re.search("[\0\ud800-\udfff]", name) or any(part in ("", ".", "..") for part in parts):
+        return False
+    return not windows or not (
+        set(name) & {*'\\:*?"<>|', *map(chr, range(32))} or any(part != part.rstrip(". ") for part in parts)
+    )
+
+
+def spelling(folder: Path, name: str) -> Path:
+    """folder / name, with accents as the folder has them: JSON says "é" in one character, files from a Mac in two."""
+    paths = [folder / form for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))]
+    return next(filter(os.path.lexists, paths), paths[0])
+
+
 def image_path(root: Path, image_id: str) -> Path:
     """The picture file that an image_id names, inside root; ImageError for one that would leave it or does not exist.
 
-    Plain relative names only: no "..", no absolute path, drive letter, backslash, colon or control character, and no symbolic link
-    that leads outside. Without an extension of a picture ".jpg" is added, as in the original.
+    No "..", no absolute path and no symbolic link that leads outside. Where the name has no extension of a picture,
+    ".jpg" is added, as in the original, unless only the name as it stands is there. Letter case counts.
     """
     shown = repr(image_id if len(image_id) <= 80 else image_id[:80] + "...")
-    parts = image_id.split("/")
-    if (
-        not image_id.isprintable()
-        or set(image_id) & set('\\:*?"<>|')
-        or any(part in ("", ".", "..") for part in parts)
-        or len(image_id) > 1000
-    ):
+    if not is_relative_name(image_id):
         raise ImageError(f"image_id {shown}: not a plain file name inside --image_root")
-    path = Path(root, *parts)
-    if path.suffix.lower() not in EXTENSIONS:
-        path = path.with_name(path.name + ".jpg")
-    real, inside = os.path.realpath(path), os.path.realpath(root)
-    if os.path.commonpath([real, inside]) != inside:
+    *folders, name = image_id.split("/")
+    folder = Path(root)
+    for part in folders:
+        folder = spelling(folder, part)
+    names = [name] if Path(name).suffix.lower() in EXTENSIONS else [name + ".jpg", name]
+    paths = [spelling(folder, name) for name in names]
+    real, inside = os.path.realpath(next(filter(os.path.lexists, paths), paths[0])), os.path.realpath(root)
+    if not Path(real).is_relative_to(inside):
         raise ImageError(f"image_id {shown}: leads outside --image_root by a symbolic link")
     if not os.path.isfile(real):
         raise ImageError(f"image_id {shown}: no such file in --image_root")
@@ -220,13 +240,25 @@ def image_path(root: Path, image_id: str) -> Path:
 class JsonBatches(Batches):
     """Micro-batches of a JsonMixture, as `Batches` but with pictures from `root`.
 
-    report: a file to which each unusable picture is added as a line "image_id <tab> what is wrong", by every process that meets it.
+    report: a file to which each unusable picture is added as a line "image_id <tab> what is wrong", by every process
+    that meets it.
     """
 
     TRIES = 20
 
-    def __init__(self, mixture: JsonMixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, root: Path | str, report: Path | str,
-                 pool: int = 32, crop: float = 0.5, rank: int = 0, world: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        mixture: JsonMixture,
+        tokenizer: Tokenizer,
+        image: ImageConfig,
+        batch: int,
+        root: Path | str,
+        report: Path | str,
+        pool: int = 32,
+        crop: float = 0.5,
+        rank: int = 0,
+        world: int = 1,
+    ):
         super().__init__(mixture, tokenizer, image, batch, 0, pool, crop, rank, world)
         self.root, self.report, self.bad = Path(root), Path(report), set()
         if not self.root.is_dir():
@@ -265,9 +297,7 @@ class JsonBatches(Batches):
             return
         self.bad.add(image_id)
         line = f"{json.dumps(image_id)}\t{' '.join(problem.split())}\n".encode()
-        with open(
-            self.report, "ab", buffering=0
-        ) as file:  # one short write to the end: lines of several processes do not mix
+        with open(self.report, "ab", buffering=0) as file:  # one short write: lines of several processes do not mix
             file.write(line)
 
 
@@ -277,14 +307,13 @@ def error_of(report: Path) -> str:
 
 
 def unusable_pictures(report: Path, show: int = 10) -> str:
-    """What a report says, for people: how many pictures could not be used and the first of them; "" when there were none."""
+    """What a report says, for people: how many pictures could not be used, and the first of them; "" for none."""
     if not Path(report).exists():
         return ""
     problems = dict(
         line.split("\t", 1) for line in Path(report).read_text(encoding="utf-8").splitlines() if "\t" in line
     )
-    lines = [
-        f"{len(problems):,} picture{'s' * (len(problems) != 1)} could not be used; other examples took their place (all of them: {report})"
-    ]
+    count = f"{len(problems):,} picture{'s' * (len(problems) != 1)}"
+    lines = [f"{count} could not be used; other examples took their place (all of them: {report})"]
     lines += [f"  {problem}" for problem in list(problems.values())[:show]]
     return "\n".join([*lines, *([f"  ... and {len(problems) - show:,} more"] if len(problems) > show else [])])

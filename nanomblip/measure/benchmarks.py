@@ -1,16 +1,18 @@
-"""The benchmarks of the paper, read in their own file formats: every line becomes one `Item`, a question with its answers.
+"""The benchmarks of the paper, read in their own file formats: every line becomes an `Item`, a question with answers.
 
-    task        file                                          fields read                                  answer in
-    xm3600      captions.jsonl                                image/key, <lang>: {caption: [...]}          the language
-    xflickrco   <lang>/test.jsonl                             img_path, sentences: [...]                   the language
-    xgqa        <lang>/test.json or ..._<lang>.json (GQA's)   {id: {imageId, question, answer}}            English
-    maxm        maxm_v1_<lang>.json                           annotations: [{image_id, qa_pairs: [...]}]   the language
-    vqav2       questions.json and annotations.json           questions; annotations: ten answers each     English
-    xvnli       <lang>/test.jsonl                             Flikr30kID, sentence2, gold_label            English yes/no/maybe
-    marvl       marvl-<lang>.jsonl                            left_img, right_img, concept, caption, label  English yes/no
-    pope        coco_pope_*.json (JSON lines)                 image, text, label                           English yes/no
+    task        file                                   fields read                                  answer in
+    xm3600      captions.jsonl                         image/key, <lang>: {caption: [...]}          the language
+    xflickrco   <lang>/test.jsonl                      img_path, sentences: [...]                   the language
+    xgqa        <lang>/test.json or ..._<lang>.json    {id: {imageId, question, answer}}            English
+    maxm        maxm_v1_<lang>.json                    annotations: [{image_id, qa_pairs: [...]}]   the language
+    vqav2       questions.json and annotations.json    questions; annotations: ten answers each     English
+    xvnli       <lang>/test.jsonl                      Flikr30kID, sentence2, gold_label            English yes/no/maybe
+    marvl       marvl-<lang>.jsonl                     left_img, right_img, concept, caption, label English yes/no
+    pope        coco_pope_*.json (JSON lines)          image, text, label                           English yes/no
 
-What is asked are the paper's prompts (prompts.BENCHMARK). Where a file does not say its language, its name or folder does.
+What is asked are the paper's prompts (prompts.BENCHMARK). Where a file does not say its language, its name or folder
+does. Every field is checked when the file is read, so that no model answers a benchmark that cannot be scored
+afterwards. A caption or answer in a list is a text, or an object with a text as `caption` (COCO) or `raw` (Karpathy).
 """
 
 import json
@@ -28,8 +30,11 @@ VERDICTS = {"entailment": "yes", "contradiction": "no", "neutral": "maybe"}
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a benchmark. `images`: what names its pictures (file names below --image_root, or embedded pictures);
-    `lang`: the row of the table it belongs to; `answer_lang`: what the answer is to be written in."""
+    """One question of a benchmark.
+
+    `images`: what names its pictures (file names below --image_root, or embedded pictures); `lang`: the row of the
+    table it belongs to; `answer_lang`: what the answer is to be written in.
+    """
 
     images: tuple
     lang: str
@@ -45,151 +50,22 @@ def language_name(code: str, paper_names: bool = False) -> str:
 
 
 def read_lines(path: Path):
-    """Yield (line number, object) of a JSON-lines file; ValueError naming file and line for anything else."""
+    """Yield (place for messages, object) of a JSON-lines file; ValueError naming file and line for anything else."""
+    number = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(row, dict):
                         raise ValueError("not an object {...}")
-                    yield number, row
+                    yield f"{path}: line {number}", row
     except FileNotFoundError:
         raise FileNotFoundError(f"--data {path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"--data {path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: line {locals().get('number', 0)}: not readable as JSON ({error})") from None
-
-
-def field(row: dict, name: str, kind, where: str):
-    """row[name], checked; ValueError naming the place."""
-    value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(v, (str, dict)) for v in value)):
-        problem = "missing" if value is None else "of another kind than expected"
-        raise ValueError(f"{where}: {name!r} is {problem}; is it the file that --task says?")
-    return value
-
-
-def file_language(path: Path) -> str:
-    """The language that a file's name (..._de.json, marvl-sw.jsonl) or folder (de/test.jsonl) says; ValueError if neither does."""
-    for part in (*re.split(r"[-_.]", path.stem)[::-1], path.parent.name):
-        if part in _CODES:
-            return _CODES[part]
-    raise ValueError(
-        f"--data {path}: which language is it? Its name should end in the code (..._de.json) or its folder be it (de/test.jsonl)"
-    )
-
-
-# Codes only: in file names, words such as "test" or "fin" are not meant as languages.
-_CODES = {**{code: code for code in (*LANGUAGES, *OUTSIDE)}, "he": "iw", "tl": "fil", "nb": "no", "jw": "jv"}
-
-
-def xm3600(path: Path, names) -> list[Item]:
-    items = []
-    for number, row in read_lines(path):
-        key = field(row, "image/key", str, f"{path}: line {number}")
-        for code, content in row.items():
-            if isinstance(content, dict) and "caption" in content:
-                lang = code if code in OUTSIDE else parse_lang(code)
-                captions = field(content, "caption", list, f"{path}: line {number}, {code}")
-                if captions:
-                    items.append(
-                        Item((f"{key}.jpg",), lang, lang, BENCHMARK["xm3600"].format(L=names(lang)), tuple(captions))
-                    )
-    return items
-
-
-def xflickrco(path: Path, names) -> list[Item]:
-    lang, items = file_language(path), []
-    for n, row in read_lines(path):
-        image, sentences = (
-            field(row, "img_path", str, f"{path}: line {n}"),
-            field(row, "sentences", list, f"{path}: line {n}"),
-        )
-        items.append(Item((image,), lang, lang, BENCHMARK["xflickrco"].format(L=names(lang)), tuple(sentences)))
-    return items
-
-
-def xgqa(path: Path, names) -> list[Item]:
-    lang, items = file_language(path), []
-    for key, row in read_object(path).items():
-        where = f"{path}: question {key}"
-        image, asked, label = (field(row, name, str, where) for name in ("imageId", "question", "answer"))
-        items.append(Item((f"{image}.jpg",), lang, "en", BENCHMARK["xgqa"].format(q=asked), (label,)))
-    return items
-
-
-def maxm(path: Path, names) -> list[Item]:
-    content, items = read_object(path), []
-    lang = (
-        parse_lang(content["split"])
-        if isinstance(content.get("split"), str) and len(content["split"]) < 4
-        else file_language(path)
-    )
-    for i, row in enumerate(field(content, "annotations", list, str(path))):
-        where = f"{path}: annotation {i}"
-        image = field(row, "image_id", str, where)
-        for pair in field(row, "qa_pairs", list, where):
-            asked, labels = field(pair, "question", str, where), field(pair, "processed_answers", list, where)
-            items.append(
-                Item((f"{image}.jpg",), lang, lang, BENCHMARK["maxm"].format(q=asked, L=names(lang)), tuple(labels))
-            )
-    return items
-
-
-def vqav2(questions: Path, annotations: Path) -> list[Item]:
-    """VQAv2 comes in two files; the pictures are COCO's, with the split in their names."""
-    asked, told = read_object(questions), read_object(annotations)
-    split = re.search(r"(train|val|test)20\d\d", str(asked.get("data_subtype", "")) + questions.name)
-    split = split[0] if split else "val2014"
-    answers = {}
-    for row in field(told, "annotations", list, str(annotations)):
-        humans = field(row, "answers", list, f"{annotations}: question {row.get('question_id')}")
-        answers[row.get("question_id")] = tuple(field(human, "answer", str, str(annotations)) for human in humans)
-    items = []
-    for row in field(asked, "questions", list, str(questions)):
-        key, image, text = row.get("question_id"), row.get("image_id"), field(row, "question", str, str(questions))
-        if key not in answers or not str(image).isdecimal():
-            raise ValueError(f"{annotations}: has no answers to question {key} of {questions}")
-        items.append(
-            Item((f"COCO_{split}_{int(image):012d}.jpg",), "en", "en", BENCHMARK["vqav2"].format(q=text), answers[key])
-        )
-    return items
-
-
-def xvnli(path: Path, names) -> list[Item]:
-    lang, items = file_language(path), []
-    for n, row in read_lines(path):
-        where = f"{path}: line {n}"
-        verdict = field(row, "gold_label", str, where)
-        if verdict not in VERDICTS:  # "-": people did not agree
-            continue
-        image, text = field(row, "Flikr30kID", str, where), field(row, "sentence2", str, where)
-        image = image if image.endswith(".jpg") else image + ".jpg"
-        items.append(Item((image,), lang, "en", BENCHMARK["xvnli"].format(s=text), (VERDICTS[verdict],)))
-    return items
-
-
-def marvl(path: Path, names) -> list[Item]:
-    items = []
-    for n, row in read_lines(path):
-        where = f"{path}: line {n}"
-        code, concept, text = (field(row, name, str, where) for name in ("language", "concept", "caption"))
-        pictures = tuple(
-            f"{code}/images/{concept}/{field(row, side, str, where)}" for side in ("left_img", "right_img")
-        )
-        label = "yes" if field(row, "label", bool, where) else "no"
-        items.append(Item(pictures, parse_lang(code), "en", BENCHMARK["marvl"].format(s=text), (label,)))
-    return items
-
-
-def pope(path: Path, names) -> list[Item]:
-    items = []
-    for n, row in read_lines(path):
-        image, text, label = (field(row, name, str, f"{path}: line {n}") for name in ("image", "text", "label"))
-        if label not in ("yes", "no"):
-            raise ValueError(f"{path}: line {n}: the label is {label!r}, neither yes nor no")
-        items.append(Item((image,), "en", "en", BENCHMARK["pope"].format(q=text), (label,)))
-    return items
+        raise ValueError(f"{path}: line {number}: not readable as JSON ({error})") from None
 
 
 def read_object(path: Path) -> dict:
@@ -199,6 +75,172 @@ def read_object(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: does not hold an object; is it the file that --task says?")
     return content
+
+
+def field(row, name: str, kind, where: str, empty: bool = False):
+    """row[name], checked to be of a type and, unless `empty` is allowed, not empty; ValueError says where."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if value is None:
+        problem = "missing"
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        problem = "of another kind than expected"
+    elif not empty and (value in ([], {}) or (isinstance(value, str) and not value.strip())):
+        problem = "empty"
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        problem = "not a text (half of a surrogate pair)"
+    else:
+        return value
+    raise ValueError(f"{where}: {name!r} is {problem}; is it the file that --task says?")
+
+
+def texts(row, name: str, where: str) -> tuple[str, ...]:
+    """The texts of row[name], a list of texts or of objects that hold one as `caption` or `raw`."""
+    found = []
+    for i, value in enumerate(field(row, name, list, where)):
+        place = f"{where}: {name!r} {i}"
+        if isinstance(value, dict):
+            keys = [key for key in ("caption", "raw") if key in value]
+            if len(keys) != 1:
+                raise ValueError(f"{place}: an object should have the text as one of 'caption' and 'raw'")
+            value = value[keys[0]]
+        found.append(field({"text": value}, "text", str, place))
+    return tuple(found)
+
+
+def language(code: str, where: str) -> str:
+    """The code of a language that a file names, in our spelling; ValueError says where."""
+    try:
+        return code if code in OUTSIDE else parse_lang(code)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+# Codes only: in file names, words such as "test" or "fin" are not meant as languages.
+_CODES = {**{code: code for code in (*LANGUAGES, *OUTSIDE)}, "he": "iw", "tl": "fil", "nb": "no", "jw": "jv"}
+# Codes that are words or abbreviations in file names ("my_test", "ms_coco", "mt" = machine translated). They name a
+# language at the end of a name and as a folder only.
+_WORDS = frozenset("am be co et he hi id is it la lo ml ms mt my no pa sd sm so st te tr".split())
+
+
+def file_language(path: Path) -> str:
+    """The language that a file's name and folder agree on: ..._de.json, marvl-sw.jsonl, de_test.json, de/test.jsonl.
+
+    Codes count wherever they stand in the name, but see _WORDS. ValueError where none or several are named. A name in
+    "_gmt" (XVNLI and MaRVL: "en/test-fr_gmt.jsonl") is translated by machine; the folder then says from what.
+    """
+    stem, translated = re.subn(r"[-_]gmt$", "", path.stem)
+    *others, last = re.split(r"[-_.]", stem)
+    said = [last, *(token for token in others if token not in _WORDS), *[path.parent.name] * (not translated)]
+    codes = dict.fromkeys(_CODES[token] for token in said if token in _CODES)
+    if len(codes) == 1:
+        return next(iter(codes))
+    problem = f"its name and folder say {' and '.join(codes)}" if codes else "its name and folder do not say"
+    raise ValueError(
+        f"--data {path}: which language is it? {problem[0].upper()}{problem[1:]}; "
+        "let the name end in the code (..._de.json) or the folder be it (de/test.jsonl), and no other"
+    )
+
+
+def xm3600(path: Path, names) -> list[Item]:
+    items = []
+    for where, row in read_lines(path):
+        image = f"{field(row, 'image/key', str, where)}.jpg"
+        for code, content in row.items():
+            if code in _CODES or (isinstance(content, dict) and "caption" in content):
+                lang = language(code, where)
+                labels = texts(content, "caption", f"{where}, {code}")
+                items.append(Item((image,), lang, lang, BENCHMARK["xm3600"].format(L=names(lang)), labels))
+    return items
+
+
+def xflickrco(path: Path, names) -> list[Item]:
+    lang, items = file_language(path), []
+    for where, row in read_lines(path):
+        image, labels = field(row, "img_path", str, where), texts(row, "sentences", where)
+        items.append(Item((image,), lang, lang, BENCHMARK["xflickrco"].format(L=names(lang)), labels))
+    return items
+
+
+def xgqa(path: Path, names) -> list[Item]:
+    lang, items = file_language(path), []
+    for key, row in read_object(path).items():
+        where = f"{path}: question {key[:40]!r}"
+        image, asked, label = (field(row, name, str, where) for name in ("imageId", "question", "answer"))
+        items.append(Item((f"{image}.jpg",), lang, "en", BENCHMARK["xgqa"].format(q=asked), (label,)))
+    return items
+
+
+def maxm(path: Path, names) -> list[Item]:
+    content, items = read_object(path), []
+    split = content.get("split")
+    lang = language(split, str(path)) if isinstance(split, str) and len(split) < 4 else file_language(path)
+    for i, row in enumerate(field(content, "annotations", list, str(path))):
+        where = f"{path}: annotation {i}"
+        image = field(row, "image_id", str, where)
+        for n, pair in enumerate(field(row, "qa_pairs", list, where)):
+            asked = field(pair, "question", str, f"{where}, question {n}")
+            labels = texts(pair, "processed_answers", f"{where}, question {n}")
+            items.append(Item((f"{image}.jpg",), lang, lang, BENCHMARK["maxm"].format(q=asked, L=names(lang)), labels))
+    return items
+
+
+def vqav2(questions: Path, annotations: Path) -> list[Item]:
+    """VQAv2 comes in two files; the pictures are COCO's, with the split in their names."""
+    asked, told = read_object(questions), read_object(annotations)
+    split = re.search(r"(train|val|test)20\d\d", str(asked.get("data_subtype", "")) + questions.name)
+    split = split[0] if split else "val2014"
+    answers = {}
+    for i, row in enumerate(field(told, "annotations", list, str(annotations))):
+        where = f"{annotations}: annotation {i}"
+        humans = field(row, "answers", list, where)
+        key = field(row, "question_id", (int, str), where)
+        answers[key] = tuple(field(human, "answer", str, where, empty=True) for human in humans)
+    items = []
+    for i, row in enumerate(field(asked, "questions", list, str(questions))):
+        where = f"{questions}: question {i}"
+        key, image = (field(row, name, (int, str), where) for name in ("question_id", "image_id"))
+        text = field(row, "question", str, where)
+        if key not in answers:
+            raise ValueError(f"{annotations}: has no answers to question {key!r} of {questions}")
+        if not re.fullmatch("[0-9]{1,12}", str(image)):
+            raise ValueError(f"{where}: 'image_id' is {str(image)[:20]!r}, not the number of a picture of COCO")
+        name = f"COCO_{split}_{int(image):012d}.jpg"
+        items.append(Item((name,), "en", "en", BENCHMARK["vqav2"].format(q=text), answers[key]))
+    return items
+
+
+def xvnli(path: Path, names) -> list[Item]:
+    lang, items = file_language(path), []
+    for where, row in read_lines(path):
+        image, text, verdict = (field(row, name, str, where) for name in ("Flikr30kID", "sentence2", "gold_label"))
+        if verdict == "-":  # people did not agree
+            continue
+        if verdict not in VERDICTS:
+            raise ValueError(f"{where}: the gold_label is {verdict!r}, none of {', '.join(VERDICTS)}")
+        image = image if image.endswith(".jpg") else image + ".jpg"
+        items.append(Item((image,), lang, "en", BENCHMARK["xvnli"].format(s=text), (VERDICTS[verdict],)))
+    return items
+
+
+def marvl(path: Path, names) -> list[Item]:
+    items = []
+    for where, row in read_lines(path):
+        code, concept, text = (field(row, name, str, where) for name in ("language", "concept", "caption"))
+        sides = [field(row, side, str, where) for side in ("left_img", "right_img")]
+        label = "yes" if field(row, "label", bool, where) else "no"
+        pictures = tuple(f"{code}/images/{concept}/{side}" for side in sides)
+        items.append(Item(pictures, language(code, where), "en", BENCHMARK["marvl"].format(s=text), (label,)))
+    return items
+
+
+def pope(path: Path, names) -> list[Item]:
+    items = []
+    for where, row in read_lines(path):
+        image, text, label = (field(row, name, str, where) for name in ("image", "text", "label"))
+        if label not in ("yes", "no"):
+            raise ValueError(f"{where}: the label is {label!r}, neither yes nor no")
+        items.append(Item((image,), "en", "en", BENCHMARK["pope"].format(q=text), (label,)))
+    return items
 
 
 READERS = {

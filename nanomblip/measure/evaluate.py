@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from nanomblip.data.decode import ImageError, load_image
 from nanomblip.data.emoji import Emoji, load_emoji
-from nanomblip.data.image import ImageConfig, ImageError, image_to_tensor, load_image
+from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.json_mixture import image_path
 from nanomblip.data.languages import LANGUAGES, parse_lang, resource_group, script_group
 from nanomblip.data.mixture import TASKS, Mixture

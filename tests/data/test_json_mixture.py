@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from PIL import Image
 
 import train
 from nanomblip.data import json_index
+from nanomblip.data.decode import ImageError
 from nanomblip.data.emoji import ROOT as DATA
-from nanomblip.data.image import ImageConfig, ImageError
+from nanomblip.data.image import ImageConfig
 from nanomblip.data.json_index import JsonExamples, MixtureError, build_index, scan
 from nanomblip.data.json_mixture import (
     JsonBatches,
     JsonMixture,
     image_path,
+    is_relative_name,
     may_mirror,
     parse_mixture,
     shuffled,  # fmt: skip
@@ -252,6 +255,58 @@ def test_good_ids_and_links_inside_are_found_and_jpg_is_added(pictures, tmp_path
         assert image_path(pictures, name) == pictures / file
     (tmp_path / "link").symlink_to(pictures)  # the root itself may be a link
     assert image_path(tmp_path / "link", "0") == pictures / "0.jpg"
+
+
+@pytest.mark.parametrize("name", ["Screenshot 2024-05-01 at 10.15.30\u202fAM.png", "12:30.jpg", "what? *.jpg", 'a "b" <c>|d.jpg', "a\u200eb.jpg",
+                                  "back\\slash.jpg", "tab\t.jpg", "n01/x\u00a0y.jpeg", "10.15.30\u202fAM.jpg"])  # fmt: skip
+def test_names_that_the_file_system_allows_are_read(pictures, name):
+    (pictures / name).write_bytes((pictures / "0.jpg").read_bytes())
+    assert image_path(pictures, name) == pictures / name
+    assert image_path(pictures, name.removesuffix(".jpg")) == pictures / name
+
+
+def test_windows_has_rules_of_its_own():
+    for name in ("C:\\x.jpg", "c:x.jpg", "a:stream.jpg", "..\\x.jpg", "\\\\host\\x.jpg", "x?.jpg", "a\tb.jpg", ".. /x.jpg", "x.jpg.", "x.jpg "):
+        assert not is_relative_name(name, windows=True) and (is_relative_name(name, windows=False)), name
+    for name in ("", "/x", "a//b", "../x", "a/..", "./x", "x\0.jpg", "x/", "x" * 5000, "half \ud83d.jpg"):
+        assert not is_relative_name(name, windows=True) and not is_relative_name(name, windows=False), name
+    for name in ("x.jpg", "n01/x y.jpg", "a\u202fb.png", "猫.jpg", "...x.jpg"):
+        assert is_relative_name(name, windows=True) and is_relative_name(name, windows=False), name
+
+
+def test_accents_are_found_in_either_unicode_form(pictures):
+    for folder, stem in (("é", "ü"), ("é", "u\u0308"), ("e\u0301x", "ü"), ("n01", "한글")):
+        for form in ("NFC", "NFD"):
+            (pictures / folder).mkdir(exist_ok=True)
+            there = pictures / folder / f"{unicodedata.normalize(form, stem)}.jpg"
+            there.write_bytes((pictures / "0.jpg").read_bytes())
+            for asked in ("NFC", "NFD"):
+                for name in (f"{folder}/{stem}.jpg", f"{folder}/{stem}"):
+                    assert image_path(pictures, unicodedata.normalize(asked, name)) == there
+            there.unlink()
+    (pictures / "é.jpg").write_bytes(b"1")
+    (pictures / "e\u0301.jpg").write_bytes(b"2")  # both: the one that was named
+    assert [image_path(pictures, name).read_bytes() for name in ("é", "e\u0301.jpg")] == [b"1", b"2"]
+    with pytest.raises(ImageError, match="no such file"):  # not the same letters
+        image_path(pictures, "É.jpg")
+
+
+def test_letter_case_counts_and_other_extensions_are_looked_for_as_they_stand(pictures):
+    (pictures / "IMG.JPG").write_bytes(b"x")
+    assert image_path(pictures, "IMG.JPG") == pictures / "IMG.JPG"
+    if not (pictures / "img.jpg").exists():  # a file system that tells them apart
+        with pytest.raises(ImageError, match="no such file"):
+            image_path(pictures, "IMG.jpg")
+    for name in ("a.heic", "b.jfif", "c.jpe", "plain"):
+        (pictures / name).write_bytes(b"x")
+        assert image_path(pictures, name) == pictures / name
+    (pictures / "plain.jpg").write_bytes(b"x")
+    assert image_path(pictures, "plain") == pictures / "plain.jpg"
+    (pictures / "dir.x").symlink_to("/")
+    (pictures / "passwd").symlink_to("/etc/passwd")
+    for name in ("passwd", "dir.x/etc/passwd", "dir.x/etc/hosts"):  # not as they stand if that is outside
+        with pytest.raises(ImageError, match="leads outside|no such file"):
+            image_path(pictures, name)
 
 
 def test_generated_names_open_nothing_outside(pictures):

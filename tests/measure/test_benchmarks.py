@@ -95,7 +95,7 @@ def test_vqav2(tmp_path):
     with pytest.raises(ValueError, match="two files"):
         read_benchmark("vqav2", [questions])
     with pytest.raises(ValueError, match="no answers to question 262148000"):
-        read_benchmark("vqav2", [questions, whole(tmp_path / "other.json", {"annotations": []})])
+        read_benchmark("vqav2", [questions, whole(tmp_path / "other.json", {"annotations": [{"question_id": 1, "answers": [{"answer": "x"}]}]})])
 
 
 def test_xvnli(tmp_path):
@@ -133,9 +133,130 @@ def test_pope(tmp_path):
 
 
 @pytest.mark.parametrize("name,lang", [("x_de.json", "de"), ("marvl-sw.jsonl", "sw"), ("zh/test.jsonl", "zh"), ("maxm_v1_iw.json", "iw"), ("he/test.jsonl", "iw"),
-                                       ("en/dev-fr_gmt.jsonl", "fr"), ("testdev_balanced_questions_pt.json", "pt")])  # fmt: skip
+                                       ("en/dev-fr_gmt.jsonl", "fr"), ("zh/my_test.json", "zh"), ("my/test.json", "my"), ("x/test_my.json", "my"),
+                                       ("de_test.json", "de"), ("xgqa_de_test.json", "de"), ("zh/ms_coco_val.json", "zh"), ("de/xgqa_de.json", "de"),
+                                       ("testdev_balanced_questions_id.json", "id"), ("maxm_zh-CN.json", "zh"), ("x_pt-BR.json", "pt"), ("iw/x_he.json", "iw"),
+                                       ("en/test-en_gmt.jsonl", "en"), ("quz/t.jsonl", "quz"), ("xx_hr.jsonl", "hr"), ("testdev_balanced_questions_pt.json", "pt")])  # fmt: skip
 def test_the_language_of_a_file(tmp_path, name, lang):
     assert file_language(tmp_path / name) == lang
+
+
+@pytest.mark.parametrize("name,said", [("my_test.json", "do not say"), ("ms_coco_val.json", "do not say"), ("zh/test_my.json", "my and zh"),
+                                       ("zh/de_test.json", "de and zh"), ("de_to_fr.json", "fr and de"), ("en/test-fr.jsonl", "fr and en"),
+                                       ("questions.json", "do not say"), ("de/fr/x.json", None)])  # fmt: skip
+def test_a_language_is_asked_for_where_the_name_does_not_settle_it(tmp_path, name, said):
+    if said is None:
+        assert file_language(tmp_path / name) == "fr", "the folder of the file, not those above it"
+        return
+    with pytest.raises(ValueError, match=f"which language is it.*{said}.*(..._de.json)") as error:
+        file_language(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# One good file for each reader, and where its items are: (task, file name, content, path to the item, what the message names).
+GOOD = {
+    "xm3600": ("c.jsonl", {"image/key": "k", "de": {"caption": ["Hund"]}}, "line 2"),
+    "xflickrco": ("de/test.jsonl", {"img_path": "1.jpg", "sentences": ["Hund"]}, "line 2"),
+    "xgqa": ("q_de.json", {"imageId": "n1", "question": "Was?", "answer": "dog"}, "question 'b'"),
+    "maxm": ("m_de.json", {"image_id": "1", "qa_pairs": [{"question": "Was?", "processed_answers": ["Hund"]}]}, "annotation 1"),
+    "xvnli": ("de/test.jsonl", {"Flikr30kID": "1.jpg", "sentence2": "Zwei", "gold_label": "neutral"}, "line 2"),
+    "marvl": ("m.jsonl", {"language": "sw", "concept": "c", "caption": "t", "left_img": "1.jpg", "right_img": "2.jpg", "label": True}, "line 2"),
+    "pope": ("p.jsonl", {"image": "a.jpg", "text": "Is it?", "label": "yes"}, "line 2"),
+}
+
+
+def benchmark_file(root, task, row):
+    """A file of two items, the second of which is `row`."""
+    name, good, _ = GOOD[task]
+    if task == "xgqa":
+        return whole(root / name, {"a": good, "b": row})
+    if task == "maxm":
+        return whole(root / name, {"annotations": [good, row]})
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("".join(json.dumps(r) + "\n" for r in (good, row)))
+    return str(root / name)
+
+
+def places(value, path=()):
+    """Every path to a field or list element of a JSON value."""
+    for key, inside in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(inside, (*path, key))
+
+
+def with_value(row, path, value):
+    copy = json.loads(json.dumps(row))
+    at = copy
+    for key in path[:-1]:
+        at = at[key]
+    if value is KeyError and isinstance(at, dict):
+        del at[path[-1]]
+    else:
+        at[path[-1]] = None if value is KeyError else value
+    return copy
+
+
+@pytest.mark.parametrize("task", GOOD)
+def test_every_field_of_every_reader_is_checked_when_the_file_is_read(tmp_path, task):
+    _, good, item = GOOD[task]
+    assert len(read_benchmark(task, [benchmark_file(tmp_path, task, good)])) == 2
+    for path in places(good):
+        lists, objects = ([], [[]], [{}], [None], [""], [3]), ({}, {"x": 1}, {"raw": 3}, {"raw": "a", "caption": "b"})
+        for value in (KeyError, None, 3, 1.5, "", "  ", "\ud800", *lists, *objects):
+            if path == ("de",) and value is KeyError:
+                continue  # XM3600 has no caption in a language that a line does not name
+            with pytest.raises(ValueError) as error:
+                read_benchmark(task, [benchmark_file(tmp_path, task, with_value(good, path, value))])
+                pytest.fail(f"{task}: {path} = {value!r} was read")
+            message = str(error.value)
+            assert item in message and GOOD[task][0] in message and "\n" not in message, message
+
+
+def test_captions_and_answers_may_be_objects_with_one_text(tmp_path):
+    for wrap in (lambda text: {"raw": text, "tokens": text.split()}, lambda text: {"caption": text, "id": 3}):
+        row = {"img_path": "1.jpg", "sentences": [wrap("ein Hund"), "Hund"]}
+        assert read_benchmark("xflickrco", [lines(tmp_path / "de" / "t.jsonl", [row])])[0].labels == ("ein Hund", "Hund")
+        row = {"image/key": "k", "de": {"caption": [wrap("ein Hund")]}}
+        assert read_benchmark("xm3600", [lines(tmp_path / "x.jsonl", [row])])[0].labels == ("ein Hund",)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], {}, "x", [3], ["x"], [{}], [{"answer": 3}], [{"x": "y"}], [None]])
+def test_every_field_of_vqav2_is_checked(tmp_path, value):
+    question, annotation = {"image_id": 5, "question": "What?", "question_id": 7}, {"question_id": 7, "answers": [{"answer": "a"}, {"answer": ""}]}
+    read = lambda q, a: read_benchmark("vqav2", [whole(tmp_path / "q.json", {"questions": q}), whole(tmp_path / "a.json", {"annotations": a})])
+    assert read([question], [annotation])[0].labels == ("a", "")  # people did leave answers empty
+    for name in question:
+        if name in ("question", "question_id") and value == "x" or name != "question" and value == 3:
+            continue
+        with pytest.raises(ValueError, match="q.json") as error:
+            read([question, {**question, name: value}], [annotation])
+        assert "\n" not in str(error.value)
+    for name in annotation:
+        if name == "question_id" and value in (3, "x"):
+            continue
+        with pytest.raises(ValueError, match="a.json: annotation 1"):
+            read([question], [annotation, {**annotation, name: value}])
+    if value != [{}]:
+        for bad in (lambda: read(value, [annotation]), lambda: read([question], value)):
+            with pytest.raises(ValueError, match=r"[qa]\.json"):
+                bad()
+    for image in ("12a", -3, "1" * 5000, 10**40, True):
+        with pytest.raises(ValueError, match="q.json: question 0: 'image_id'"):
+            read([{**question, "image_id": image}], [annotation])
+
+
+def test_unknown_languages_and_labels_are_named_with_the_line(tmp_path):
+    with pytest.raises(ValueError, match="m.jsonl: line 1: unknown language"):
+        read_benchmark("marvl", [lines(tmp_path / "m.jsonl", [{**GOOD["marvl"][1], "language": "qqq"}])])
+    with pytest.raises(ValueError, match="c.jsonl: line 1: unknown language"):
+        read_benchmark("xm3600", [lines(tmp_path / "c.jsonl", [{"image/key": "k", "qqq": {"caption": ["x"]}}])])
+    with pytest.raises(ValueError, match="test.jsonl: line 1: the gold_label is 'maybe'"):
+        read_benchmark("xvnli", [lines(tmp_path / "de" / "test.jsonl", [{**GOOD["xvnli"][1], "gold_label": "maybe"}])])
+    (tmp_path / "p.jsonl").write_bytes(json.dumps(GOOD["pope"][1]).encode() + b"\n\xff\n")
+    with pytest.raises(ValueError, match="p.jsonl: line 2: not readable"):
+        read_benchmark("pope", [str(tmp_path / "p.jsonl")])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_benchmark("pope", [str(tmp_path)])
 
 
 def test_wrong_files_are_named_with_the_line(tmp_path):
