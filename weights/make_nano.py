@@ -346,7 +346,7 @@ class MakeBLIP2:
     Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half, and is half of it afterwards. Then the ViT is frozen, and as in BLIP-2
     (Li et al. 2023, sections 3.2 and 3.3) a fresh Q-Former learns in two phases: to bring pictures near their names, each vector imitating its piece of the T5's
     embedded name (`imitate.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read was a worse
-    start than random weights (weights/README.md, "A Q-Former to start from").
+    start than random weights (weights/LOG.md, "A Q-Former to start from").
     """
 
     steps, batch, unit = 18000, 128, "of the validation pictures named exactly in English"

@@ -237,7 +237,7 @@ class Batches(torch.utils.data.Dataset):
     """Micro-batches of a mixture by number, with prompts and targets of about the same length in each.
 
     Prompts of the tasks differ in length, and so do names: batches drawn as they come are mostly padding. So `pool`
-    batches' worth of examples are sorted by the prompt's length in steps of eight tokens, then by the target's, cut
+    batches' worth of examples are sorted by the prompt's length in steps of 16 tokens, then by the target's, cut
     into batches, and the batches shuffled, again as a function of (seed, pool number).
 
     batch m -> dict of tensors: picture long (B,), view long (B,), prompt long (B, S), labels long (B, T) with -100 as
@@ -271,7 +271,7 @@ class Batches(torch.utils.data.Dataset):
         for index in range(first, first + self.pool * self.batch):
             example = self.mixture.example(index)
             rows.append((example, self.tokenizer.encode(example.prompt), self.tokenizer.encode(example.target)))
-        rows.sort(key=lambda row: (-(-len(row[1]) // 8), len(row[2]), len(row[1])))  # stable: ties stay in drawn order
+        rows.sort(key=lambda row: (len(row[1]) // 16, len(row[2]), len(row[1])))  # stable: ties stay in drawn order
         batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         random.Random(f"{self.mixture.seed}/pool/{number}").shuffle(batches)
         return batches

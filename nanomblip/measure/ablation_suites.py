@@ -193,6 +193,13 @@ def find_current(experiment: str, seed: int, cfg: Config, records: list[dict]) -
 
 
 def same_run(experiment: str, seed: int, cfg: Config) -> list[str]:
-    """The experiments whose flags mean the same run as this one's, itself included."""
-    config = resolved(flags_of(experiment, seed, cfg))
-    return [name for name in EXPERIMENTS if resolved(flags_of(name, seed, cfg)) == config]
+    """The experiments whose flags mean the same run as this one's, itself first."""
+
+    def config_of(name: str) -> dict | None:
+        try:
+            return resolved(flags_of(name, seed, cfg))
+        except ValueError:  # its flags contradict those of --extra
+            return None
+
+    config = config_of(experiment)
+    return [experiment, *(name for name in EXPERIMENTS if name != experiment and config_of(name) == config)]

@@ -232,7 +232,7 @@ def quantize_linears(model: nn.Module, skip: tuple[str, ...] = (), threshold: fl
         but both            0.0006               1.0 %              6.3 GB
         all, threshold 0    0.0005               0.9 %              3.2 GB
 
-    On a nano whose activations had grown to 10,000 (weights/README.md) all of them were five to ten times as large.
+    On a nano whose activations had grown to 10,000 (weights/LOG.md) all of them were five to ten times as large.
 
     Add LoRA afterwards, around the int8 layers. Returns the bytes saved. ValueError, and an untouched model, if there
     is nothing to replace, a name in `skip` matches nothing, a weight is not finite, or the model is quantised already.

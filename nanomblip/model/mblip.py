@@ -42,7 +42,7 @@ _XL = MT5Config()
 PRESETS = {
     # Small enough for ten minutes on two cores: pictures of 64x64, 85 languages, a vocabulary of 8,000 tokens (and 64
     # rows more, as mT5 has 12). No dropout: with 0.1 in the Q-Former
-    # fewer validation pictures were named right (weights/README.md, "A Q-Former to start from").
+    # fewer validation pictures were named right (weights/LOG.md, "A Q-Former to start from").
     "nano": MBLIPConfig(
         vit=ViTConfig(image_size=64, patch_size=16, width=192, layers=4, heads=6, mlp=768),
         qformer=QFormerConfig(width=192, layers=2, heads=6, mlp=768, vision_width=192, dropout=0.0, attn_dropout=0.0),
