@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if cfg.checkpointing:
         add_checkpointing(model)
 
-    # Two stages: what each trains, by which loss, at which rates.
+    # Recipe: what each of the two stages trains, by which loss, at which rates.
     stages = build_stages(cfg, model, tokenizer, emoji, captions, mixture)
     mark_trainable(model, tuple({part for stage in stages for part in stage.rates}))
 
@@ -89,26 +89,15 @@ def main(argv: list[str]) -> int:
     print(f"data    {about}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
     print(parts_table(model, {stage.title: stage.column(model) for stage in stages}), flush=True)
 
-    language_id = LanguageID(emoji.names)
-    measurable = (
-        not cfg.mixture or image.size == emoji.pictures.shape[1]
-    )  # else the model is for other pictures than the embedded ones
+    # The two stages. Only the embedded pictures' size can be measured on the embedded data.
+    language_id, measurable = LanguageID(emoji.names), not cfg.mixture or image.size == emoji.pictures.shape[1]
     run = Run(cfg, model, saver, device)
     run.step, run.seconds = step, seconds
     run.bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16(device) and not cfg.int8)
     run.features = CachedFeatures(model, mixture, device, cfg.noise) if cfg.views else LiveFeatures(model)
     run.log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "rate"), step)
-    every = cfg.eval_every if measurable else 0
-    run.look = Validation(
-        model,
-        tokenizer,
-        image,
-        emoji,
-        mix,
-        language_id,
-        every,
-        Log(folder / "validation.csv", Validation.COLUMNS, step),
-    )
+    every, log = cfg.eval_every if measurable else 0, Log(folder / "validation.csv", Validation.COLUMNS, step)
+    run.look = Validation(model, tokenizer, image, emoji, mix, language_id, every, log)
     run.interrupt = Interrupt()
     for i, stage in enumerate(stages):
         if run.step < stage.last:
@@ -127,20 +116,23 @@ def main(argv: list[str]) -> int:
     results, examples = evaluate(model, tokenizer, image, emoji, asked, language_id, cfg.eval_pictures, which, progress,
                                  decoding=DECODING["caption"])  # fmt: skip
     progress.close()
+    write_json(folder / "record.json", run.record(results, examples))
     if cfg.mixture and (problems := unusable_pictures(mixture.report)):
         print(f"\n{problems}", file=sys.stderr)
+    show(results, examples, held_out)
+    print(f"\n{run.seconds:.0f} s of training; everything is in {folder}; next:")
+    print(f"  {saver.command()} --image data/cat.png --lang sw")
+    return 0
+
+
+def show(results: dict, examples: list[dict], held_out: list[str]) -> None:
+    """The results for people: a table, and a few answers."""
     if results:
-        print(
-            "\nexact match in percent, captions of five beams (record.json has every language)\n"
-            f"{table(results, held_out)}\n"
-        )
-        print("held-out pictures: language, what it is, its name, the model's answer")
+        print("\nexact match in percent, captions of five beams (record.json has every language)")
+        print(table(results, held_out))
+        print("\nheld-out pictures: language, what it is, its name, the model's answer")
     for e in examples:
         print(f"  {LANGUAGES[e['lang']].name:<16} {e['english']:<24} {e['name']:<24} -> {e['answer']}")
-    write_json(folder / "record.json", run.record(results, examples))
-    print(f"\n{run.seconds:.0f} s of training; everything is in {folder}; next:\n"
-          f"  {saver.command()} --image data/cat.png --lang sw")  # fmt: skip
-    return 0
 
 
 class Run:

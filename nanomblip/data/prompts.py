@@ -6,18 +6,18 @@ English name of a language, {q} a question, {a} an answer, {c} a caption, {n} th
 English always. The target is in the language that the instruction names; yes and no, reasoning and explanation are
 English, as in the paper.
 
-    family          prompt -> target                                      where its texts come from
-    caption         CAPTION -> caption                                    nano: names         full size: COCO, web captions
-    vqa             VQA around a question -> answer                             choices, categories      VQAv2
-    question        QUESTION around an answer -> question                       choices reversed         VQAv2
-    reasoning       REASONING around a question -> rationale and answer         -                        A-OKVQA
-    explanation     EXPLANATION around both -> rationale                        -                        A-OKVQA
-    match           MATCH around a caption -> yes or no                         names                    web captions
-    naming          NAMING -> name                                              names                    ImageNet
-    exists          EXISTS around a name -> yes or no                           names                    ImageNet
-    detail, conversation   the data set's own question -> its own answer        -                        LLaVA
+    family          prompt -> target                                      nano's texts         full size
+    caption         CAPTION -> caption                                    names                COCO, web captions
+    vqa             VQA around a question -> answer                       choices, categories  VQAv2
+    question        QUESTION around an answer -> question                 choices reversed     VQAv2
+    reasoning       REASONING around a question -> rationale and answer   -                    A-OKVQA
+    explanation     EXPLANATION around both -> rationale                  -                    A-OKVQA
+    match           MATCH around a caption -> yes or no                   names                web captions
+    naming          NAMING -> name                                        names                ImageNet
+    exists          EXISTS around a name -> yes or no                     names                ImageNet
+    detail, conversation   the data set's own question -> its answer      -                    LLaVA
 
-One function a family turns texts into (prompt, target); mixture.py and jsonmix.py call them. Three slips of the
+One function a family turns texts into (prompt, target); mixture.py and builders.py call them. Three slips of the
 original code are not repeated: a prompt that names another language than its target is in, a question whose answer
 belongs to another picture, and "X because X".
 """

@@ -164,7 +164,7 @@ def summary(of_language: dict) -> tuple[dict, dict]:
 
 
 class Validation:
-    """A look at the validation slice every so many steps of a training (0 = never): greedy, five pictures a language."""
+    """A look at the validation slice every so many steps (0 = never): greedy, five pictures a language but English."""
 
     COLUMNS = ("step", "english_exact", "other_exact", "other_in_language")
 

@@ -30,7 +30,7 @@ def exact_match(answer: str, label: str) -> bool:
 
 
 def relaxed_match(answer: str, label: str) -> bool:
-    """Does the answer start or end with the label? So "Yes, it does." is "yes", and "noon" is "no": the paper's rule."""
+    """Does the answer start or end with the label? "Yes, it does." is "yes", and "noon" is "no": the paper's rule."""
     answer, label = normal(answer), normal(label)
     return bool(label) and (answer.startswith(label) or answer.endswith(label))
 

@@ -103,7 +103,7 @@ class Int8Linear(nn.Module):
         self._buffers["weight"], self.SCB = weight, SCB
 
     def pack(self) -> None:
-        """Keep the codes in FBGEMM's order until somebody asks for `weight`; nothing happens where FBGEMM is missing."""
+        """Keep the codes in FBGEMM's order until `weight` is asked for; nothing happens where FBGEMM is missing."""
         if (
             self.packed is None
             and kernels.fbgemm_halves()
