@@ -175,8 +175,8 @@ NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
 
 def plant(step: int, where: str, seed: int, marks: Path):
-    """Let the loss, or one number of one gradient, be NaN or infinite in the step-th call of the model; note in `marks` what the parameters were then,
-    and when the process ends what they are."""
+    """Let the loss, or one number of one gradient, be NaN or infinite in the step-th call of the model; write to `marks` what the parameters
+    were then, and what they are when the process ends."""
     rng, forward, calls = random.Random(seed), MBLIP.forward, []
     value = rng.choice(NOT_FINITE)
 

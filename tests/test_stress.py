@@ -5,6 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("resource")  # killing, alarms and figures of memory are those of Unix
+
 import stress
 import stress_files
 import stress_runs
@@ -15,7 +18,7 @@ from nanomblip.training.state import State
 from nanomblip.weights import hub, load
 
 # Part -> cases and seed.
-HANDFUL = dict(kills=(1, 1), weights=(30, 24), pictures=(60, 1), json=(60, 1), downloads=(4, 1), names=(60, 1), nan=(1, 1))
+HANDFUL = dict(kills=(1, 14), weights=(30, 24), pictures=(60, 1), json=(60, 1), downloads=(4, 1), names=(60, 1), nan=(1, 1))
 
 
 def run(part, count, seed=1):
