@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from stress_damage import Failure, damage_bytes, damage_file, damage_json, refused
 from stress_runs import hub_server, repository
 
+from nanomblip.data.decode import ImageError, load_image
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.emoji import load_emoji
-from nanomblip.data.image import ImageError, load_image
 from nanomblip.data.json_index import JsonExamples
 from nanomblip.data.json_mixture import JsonMixture, image_path
 from nanomblip.measure.benchmarks import read_benchmark

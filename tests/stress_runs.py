@@ -25,16 +25,20 @@ from pathlib import Path
 from safetensors.torch import load_file
 from stress_damage import Failure, damage_bytes, refused
 
+from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.emoji import load_emoji
 from nanomblip.measure.fidelity import LanguageID
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights import hub
 from nanomblip.weights.files import digest
 from nanomblip.weights.records import RECORD
+from nanomblip.weights.save import save_mblip, save_mt5
 
 # train.py's flags, in this one place. The model is as small as the embedded data allow.
-TRAIN = "--init random --lang_mix en,sw --steps 6 --warmup 2 --batch 2 --views 0 --eval_pictures 1 --eval_every 0 --device cpu".split()
-NAME, SAVE_ALWAYS, VARIANTS = "--run", ["--save_every", "0"], ([], ["--accumulate", "2"], ["--workers", "1"])
+TRAIN = "--init random --lang_mix en,sw --steps 6 --lr_warmup 2 --batch 2 --views 0 --noise 0 --eval_pictures 1 --eval_every 0 --device cpu".split()
+NAME, SAVE_ALWAYS = "--name", ["--save_every", "0"]
+TWO_STAGES = "--init blip2 --vision {}/sees --llm {}/reads --warmup projection --warmup_steps 3"
+VARIANTS = ("", "--accumulate 2", "--workers 1", TWO_STAGES, TWO_STAGES + " --workers 1")
 NANO = replace(PRESETS["nano"], queries=2, vit=replace(PRESETS["nano"].vit, width=16, layers=1, heads=2, mlp=16),
                qformer=replace(PRESETS["nano"].qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16),
                mt5=replace(PRESETS["nano"].mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1))  # fmt: skip
@@ -94,6 +98,16 @@ def embedded() -> dict:
     return dict(load_emoji=lambda *args: emoji, LanguageID=lambda *args: language_id, MEASUREMENTS=())
 
 
+def save_bases(folder: Path) -> None:
+    """The two folders that TWO_STAGES starts from."""
+    model = MBLIP(NANO)
+    model.init_weights()
+    save_mblip(model, folder / "sees", image_token=8000)
+    save_mt5(model.mt5, folder / "reads")
+    for name in ("sees", "reads"):
+        shutil.copyfile(DATA / "spiece.model", folder / name / "spiece.model")
+
+
 def bits(run: Path) -> tuple:
     """What must agree between two runs: the model and the log."""
     return digest(load_file(run / "model.safetensors")), (run / "loss.csv").read_bytes()
@@ -135,19 +149,21 @@ def finish(run: Path, start: list[str], folder: Path, data: dict, notes: Counter
 
 def kills(folder: Path, notes: Counter):
     data = embedded()
+    save_bases(folder)
+    variants = [variant.format(folder, folder).split() for variant in VARIANTS]
 
     @cache
     def whole(which: int) -> tuple[tuple, float]:
         """What an uninterrupted run ends with, and its seconds."""
         started, name = time.time(), f"whole{which}"
-        finish(folder / name, [*TRAIN, *VARIANTS[which], *SAVE_ALWAYS, "--out", str(folder), NAME, name], folder, data, notes)
+        finish(folder / name, [*TRAIN, *variants[which], *SAVE_ALWAYS, "--out", str(folder), NAME, name], folder, data, notes)
         return bits(folder / name), time.time() - started
 
     def case(rng):
-        which, run = rng.randrange(len(VARIANTS)), folder / "run"
+        which, run = rng.randrange(len(variants)), folder / "run"
         want, seconds = whole(which)
         shutil.rmtree(run, ignore_errors=True)
-        start = [*TRAIN, *VARIANTS[which], *SAVE_ALWAYS, "--out", str(folder), NAME, "run"]
+        start = [*TRAIN, *variants[which], *SAVE_ALWAYS, "--out", str(folder), NAME, "run"]
         for _ in range(rng.randint(1, 4)):
             at, delay, group = rng.randrange(1, 80), rng.uniform(0, seconds), rng.random() < 0.5
             if rng.random() < 0.5:
@@ -177,14 +193,14 @@ NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 def plant(step: int, where: str, seed: int, marks: Path):
     """Let the loss, or one number of one gradient, be NaN or infinite in the step-th call of the model; write to `marks` what the parameters
     were then, and what they are when the process ends."""
-    rng, forward, calls = random.Random(seed), MBLIP.forward, []
+    rng, honest, calls = random.Random(seed), MBLIP.loss, []
     value = rng.choice(NOT_FINITE)
 
     def poisoned(self, *args, **more):
-        logits, loss = forward(self, *args, **more)
+        loss = honest(self, *args, **more)
         calls.append(1)
-        if len(calls) != step or loss is None:
-            return logits, loss
+        if len(calls) != step:
+            return loss
         before, end = digest(dict(self.named_parameters())), os._exit
 
         def note(status):
@@ -193,7 +209,7 @@ def plant(step: int, where: str, seed: int, marks: Path):
 
         os._exit = note
         if where == "loss":
-            return logits, loss * value
+            return loss * value
         p = rng.choice([p for p in self.parameters() if p.requires_grad])
 
         def spoil(gradient):
@@ -202,9 +218,9 @@ def plant(step: int, where: str, seed: int, marks: Path):
             return gradient
 
         p.register_hook(spoil)
-        return logits, loss
+        return loss
 
-    MBLIP.forward = poisoned
+    MBLIP.loss = poisoned
 
 
 def nan(folder: Path, notes: Counter):
@@ -223,7 +239,7 @@ def nan(folder: Path, notes: Counter):
         before, after = json.loads(marks.read_text())
         if before != after:
             raise Failure(f"the parameters were changed by step {step - 1}, whose {where} is not finite")
-        outcome = refused(ValueError(training.told()), run)
+        outcome = refused(ValueError(training.told()), f"step {step - 1}")
         finish(run, [*start, "run"], folder, data, notes)
         if bits(run) != whole:
             raise Failure("another model or another loss.csv after going on")
