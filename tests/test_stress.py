@@ -18,7 +18,7 @@ from nanomblip.training.state import State
 from nanomblip.weights import hub, load
 
 # Part -> cases and seed.
-HANDFUL = dict(kills=(1, 14), weights=(30, 24), pictures=(60, 1), json=(60, 1), downloads=(4, 1), names=(60, 1), nan=(1, 1))
+HANDFUL = dict(kills=(1, 51), weights=(30, 24), pictures=(60, 1), json=(60, 1), downloads=(4, 1), names=(60, 1), nan=(1, 1))
 
 
 def run(part, count, seed=1):
@@ -81,12 +81,12 @@ def plant_nothing(patch):
 @pytest.mark.parametrize("part,fault,count,words", [
     ("weights", let_the_parser_speak, 30, "Error at nanomblip|names no file"), ("weights", forget_the_hashes, 40, "no error"),
     ("pictures", open_anything, 20, "Unidentified"), ("names", join_any_name, 30, "was opened"), ("json", trust_every_row, 60, "Error at nanomblip"),
-    ("downloads", flip_a_byte_at_the_end, 1, "not the one of the server"), ("kills", restore_less_than_all, 2, "another model"),
+    ("downloads", flip_a_byte_at_the_end, 1, "not the one of the server"), ("kills", restore_less_than_all, 1, "another model"),
     ("nan", plant_nothing, 1, "status 0"),
 ])  # fmt: skip
 def test_a_planted_fault_is_noticed(monkeypatch, part, fault, count, words):
     fault(monkeypatch)
-    found = run(part, count)["failures"]
+    found = run(part, count, HANDFUL[part][1])["failures"]
     assert any(word in f["kind"] + f["first"] for f in found for word in words.split("|")), found
 
 
