@@ -82,7 +82,7 @@ def signature(error: BaseException) -> tuple[str, str]:
     where = f" at {Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames and not isinstance(error, Hang) else ""
     if cause is not error:  # a check of ours about an error of the package
         return f"{error}{where}", repr(str(cause))[1:-1][:200]
-    return f"{type(error).__name__}{where}", repr(str(error).split("\\n")[0])[1:-1][:200]
+    return f"{type(error).__name__}{where}", repr(str(error).split("\n")[0])[1:-1][:200]
 
 
 def run_part(name: str, cfg: Config) -> dict:
