@@ -213,7 +213,7 @@ def begin(argv: list[str]) -> tuple[Config, Path]:
     folder = Path(cfg.out) / name
     if (folder / "train.json").exists():
         raise ValueError(f"{folder} exists; go on with it by --resume {folder}, or give another --name")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a run; give another --name")
     return cfg, folder
 

@@ -209,6 +209,9 @@ class JsonExamples:
 
     def __getitem__(self, n: int) -> tuple[str, str, str]:
         start, end = (int(place) for place in self.offsets[n : n + 2])
+        if not 0 < end - start <= 4 * (LONGEST + CHUNK):  # bytes of so many characters
+            sidecar = self.path.with_name(self.path.name + ".index")
+            raise MixtureError(f"{sidecar}: example {n:,} lies at bytes {start:,} to {end:,}; delete it, and it is made again")
         if self.file is None or self.file[0] != os.getpid():  # a file position must not be shared between processes
             self.file = os.getpid(), open(self.path, "rb", buffering=0)
         file = self.file[1]
