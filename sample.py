@@ -15,9 +15,9 @@ import torch
 
 from nanomblip.data.decode import ImageError, list_images, load_image
 from nanomblip.data.emoji import load_emoji
-from nanomblip.data.image import ImageConfig, image_to_tensor
+from nanomblip.data.image import image_to_tensor
 from nanomblip.data.languages import LANGUAGES, parse_lang
-from nanomblip.data.processor import save_processor
+from nanomblip.data.processor import load_image_config, save_processor
 from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
@@ -167,7 +167,7 @@ class Stream:
 
 def write_folder(model: MBLIP, target: Path, folder: Path, pieces: int, merged: bool) -> None:
     """Write the model of `folder` to `target`, with everything else that a folder in the official layout has."""
-    read_json(folder / "preprocessor_config.json")  # before the long part
+    load_image_config(folder)  # before the long part
     if merged:
         save_merged(model, target, image_token=pieces, source=folder, languages=spoken(folder))
     else:
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--{name} {target}: is not an empty folder")
 
     tokenizer = Tokenizer(folder / "spiece.model")
-    size = ImageConfig.from_hf(read_json(folder / "preprocessor_config.json"))
+    size = load_image_config(folder)
     model = load_mblip(folder, **types(cfg, folder))
     if cfg.adapter:
         load_adapter(model.mt5, cfg.adapter)
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> int:
         )
     if size.size != model.cfg.vit.image_size:
         raise ValueError(
-            f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}"
+            f"{folder}: its picture settings are for pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}"
         )
     print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
     allowed = language_pieces(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)
