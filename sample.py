@@ -28,9 +28,8 @@ from nanomblip.training.state import pick_device
 from nanomblip.weights.adapter import load_adapter
 from nanomblip.weights.files import read_json, write_atomic
 from nanomblip.weights.hub import MODELS, download
-from nanomblip.weights.layout import config_from_hf
 from nanomblip.weights.load import DTYPES, load_mblip
-from nanomblip.weights.save import save_mblip, save_merged
+from nanomblip.weights.save import save_mblip, save_merged, stored_parameters
 
 HERE = Path(__file__).resolve().parent
 MAX_PROMPT = 256  # pieces, the paper's limit in evaluation
@@ -143,8 +142,7 @@ def types(cfg: Config, folder: Path) -> dict[str, str | None]:
     config = read_json(folder / "config.json")
     auto = None
     if isinstance(config, dict) and "quantization_config" not in config:
-        with torch.device("meta"):
-            auto = "int8" if sum(p.numel() for p in MBLIP(config_from_hf(config)).parameters()) > LARGE else None
+        auto = "int8" if stored_parameters(folder) > LARGE else None
     return {
         name: auto if getattr(cfg, name) == "auto" else getattr(cfg, name) for name in ("vision_dtype", "llm_dtype")
     }

@@ -115,8 +115,8 @@ STACKS = {
 }
 
 
-def check_depths(cfg: MBLIPConfig | MT5Config, keys, skip: str | None = None) -> None:
-    """Raise WeightsError if a config has more layers than the official `keys` of a file.
+def check_depths(folder, cfg: MBLIPConfig | MT5Config, keys, skip: str | None = None) -> None:
+    """Raise WeightsError if the config of a folder has more layers than the official `keys` of its files.
 
     To be called before a model is built: a million layers take minutes, even without memory. skip: as in
     `find_tensors`.
@@ -132,7 +132,7 @@ def check_depths(cfg: MBLIPConfig | MT5Config, keys, skip: str | None = None) ->
         stored = len({key.removeprefix(stack).split(".")[0] for key in keys if key.startswith(stack)})
         if wanted > stored:
             raise WeightsError(
-                f"config.json wants {word} = {wanted}, the weights have {stored} layers {stack}*: "
+                f"{folder}: config.json wants {word} = {wanted}, the weights have {stored} layers {stack}*: "
                 "these are not the weights of its config.json"
             )
 

@@ -146,10 +146,10 @@ def _load_on_bases(
             f"{folder / 'config.json'}: bases must name vision, language_model, sha256 and trained_sha256"
         )
     vision, llm = folder / bases["vision"], folder / bases["language_model"]
-    mt5 = load_mt5(llm, dtype, llm_dtype)
-    model = load_vision(vision, mt5, dtype, vision_dtype)
-    if config_from_hf(config) != model.cfg:
+    of_bases = [_read_config(base) for base in (vision, llm)]  # before their weights are read, which takes a while
+    if config_from_hf(config) != vision_config_from_hf(of_bases[0], mt5_config_from_hf(of_bases[1])):
         raise WeightsError(f"{folder}: its config.json describes another model than its bases")
+    model = load_vision(vision, load_mt5(llm, dtype, llm_dtype), dtype, vision_dtype)
     found, names = find_tensors(folder), {official: mine for mine, official in float_names(model).items()}
     if unknown := sorted(set(found) - set(names)):
         raise _not_those(folder, "unknown", unknown)
@@ -219,6 +219,12 @@ class _Forms:
         return torch.bfloat16 if self.prefix + name == "mt5.embed.weight" else self.dtype
 
 
+def _read_config(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    return read_json(folder / "config.json")
+
+
 def build(folder: Path, cls, config_of, names_of, prefix: str = "language_model.", skip: str | None = None):
     """A `cls` on the meta device for a folder, and our name -> file and key for all that its files hold of it.
 
@@ -226,17 +232,16 @@ def build(folder: Path, cls, config_of, names_of, prefix: str = "language_model.
     the language model's keys; skip: as in `find_tensors`. Raises WeightsError, at once, if config.json and the files
     disagree.
     """
-    if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder")
-    hf = read_json(folder / "config.json")
+    hf = _read_config(folder)
     try:
         cfg = config_of(hf)
+        int8_threshold(hf)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
     try:
         check_record(folder)
         found = find_tensors(folder, skip)
-        check_depths(cfg, found, skip)
+        check_depths(folder, cfg, found, skip)
         try:
             with torch.device("meta"):
                 model = cls(cfg)

@@ -234,6 +234,13 @@ def _places(source: Path | tuple[Path, Path]) -> dict[str, tuple[Path, str]]:
     return build(source, MBLIP, config_from_hf, official_names)[1]
 
 
+def stored_parameters(folder: Path) -> int:
+    """How many parameters the model of a folder has, from the headers of its files and those of its bases."""
+    places = _places(folder)
+    files = {path: open_safetensors(path) for path in {path for path, _ in places.values()}}
+    return sum(torch.Size(files[path].get_slice(key).get_shape()).numel() for path, key in places.values())
+
+
 def save_mt5(model: MT5, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a language model by itself in the official layout."""
     folder, parameters = Path(folder), dict(model.named_parameters())
