@@ -249,7 +249,7 @@ def _layer_settings(config: dict, names) -> dict[str, tuple]:
 
     for target in targets if isinstance(targets, list) else []:
         if not any(_matches([target], name) for name in names):
-            raise ValueError(f"target {target!r} matches no linear layer")
+            raise ValueError(f"target {shown(target)} matches no linear layer")
     settings = {}
     for name in filter(is_target, names):
         r, alpha = (

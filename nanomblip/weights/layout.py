@@ -201,8 +201,11 @@ def _refuse_unknown(part: str, hf: dict, known) -> None:
             )
 
 
-def _build(part: str, cls, hf: dict, names: dict[str, str], **more):
-    """Make the config dataclass `cls` from the official keys in `names` (ours -> official); absent = our default."""
+def _build(part: str, cls, hf: dict, more: dict | None = None, /, **names):
+    """Make the config dataclass `cls` from the official keys in `names` (ours = official); absent = our default.
+
+    more: fields that come from elsewhere.
+    """
     kwargs = {ours: hf[official] for ours, official in names.items() if official in hf}
     for ours, value in kwargs.items():
         default = next(f.default for f in fields(cls) if f.name == ours)
@@ -211,13 +214,13 @@ def _build(part: str, cls, hf: dict, names: dict[str, str], **more):
         if isinstance(default, float):  # a dropout or an epsilon
             want, good = "a number from 0 to below 1", isinstance(value, (int, float)) and 0 <= value < 1
         else:
-            lowest = 0 if ours in ("pad", "eos") else 1
+            lowest = 0 if ours in ("pad", "eos", "start") else 1
             want = f"a whole number from {lowest} to {_LARGEST:,}"
             good = isinstance(value, int) and lowest <= value <= _LARGEST
         if isinstance(value, bool) or not good:
             raise WeightsError(f"{part} with {names[ours]} = {shown(value)}: expected {want}")
     try:
-        return cls(**kwargs, **more)
+        return cls(**kwargs, **(more or {}))
     except (ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{part}: {error}") from None
 
@@ -260,7 +263,7 @@ def mt5_config_from_hf(text: dict) -> MT5Config:
     other = ("tie_word_embeddings", "scale_decoder_outputs", "quantization_config")
     _refuse_unknown("a language model", text, {*_MT5_NAMES.values(), *fixed, *other})
     text["gelu"] = "none" if text.get("dense_act_fn") == "gelu" else "tanh"
-    cfg = _build("text_config", MT5Config, text, _MT5_NAMES)
+    cfg = _build("text_config", MT5Config, text, **_MT5_NAMES)
     if max(cfg.pad, cfg.eos) >= cfg.vocab:
         raise WeightsError(f"text_config: tokens {cfg.pad} and {cfg.eos} (pad, eos) in a vocabulary of {cfg.vocab}")
     return cfg
@@ -290,15 +293,16 @@ def vision_config_from_hf(hf: dict, mt5: MT5Config) -> MBLIPConfig:
     fixed = dict(hidden_act=("gelu",), attention_dropout=(0.0,), qkv_bias=(True,), num_channels=(3,), dropout=(0.0,))
     _refuse_unless("a ViT", vision, **fixed)
     _refuse_unknown("a ViT", vision, {*_VIT_NAMES.values(), *fixed})
-    vit = _build("vision_config", ViTConfig, vision, _VIT_NAMES)
+    vit = _build("vision_config", ViTConfig, vision, **_VIT_NAMES)
 
     fixed = dict(hidden_act=("gelu",), position_embedding_type=("absolute",), use_qformer_text_input=(False,))
     _refuse_unless("a Q-Former", qformer, **fixed)
     _refuse_unknown("a Q-Former", qformer, {*_QFORMER_NAMES.values(), *fixed, *_Q_FORMER_TEXT})
     qformer = {"encoder_hidden_size": vit.width} | qformer
-    former = _build("qformer_config", QFormerConfig, qformer, _QFORMER_NAMES)
+    former = _build("qformer_config", QFormerConfig, qformer, **_QFORMER_NAMES)
 
-    return _build("config.json", MBLIPConfig, hf, {"queries": "num_query_tokens"}, vit=vit, qformer=former, mt5=mt5)
+    made = dict(vit=vit, qformer=former, mt5=mt5)
+    return _build("config.json", MBLIPConfig, hf, made, queries="num_query_tokens")
 
 
 def _check_kind(hf: dict) -> None:

@@ -10,7 +10,7 @@ What is wanted in int8 or bf16 is converted on the way, some rows at a time: mBL
 5.7 GB in int8, and loading it took 5.7 GB at its peak (tests/bench_official.py).
 
 A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is known
-(RECORD: files that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.
+(records.py: files that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed first.
 """
 
 from pathlib import Path
@@ -250,7 +250,6 @@ def build(folder: Path, cls, config_of, names_of, prefix: str = "language_model.
         targets = {official: mine for mine, official in names_of(model).items()}
         is_tied = (hf.get("text_config") or hf).get("tie_word_embeddings") is not False
         places = _locate(folder, found, targets, prefix, is_tied)
-        _check_shapes(model, places)
     except WeightsError as error:
         raise WeightsError(f"{error}{_restore(folder)}") from None
     return model, places
@@ -346,6 +345,7 @@ def _check_shapes(model: nn.Module, places: dict[str, tuple[Path, str]]) -> None
 
 def _fill(model: nn.Module, places: dict[str, tuple[Path, str]], forms: _Forms, threshold: float) -> None:
     """Fill a meta model; places: from `build`, threshold: of int8 layers."""
+    _check_shapes(model, places)
     shapes = {name: p.shape for name, p in model.named_parameters() if name in places}
     linears = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     has_int8 = any(place.endswith("SCB") for place in places)

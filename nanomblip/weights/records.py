@@ -1,7 +1,7 @@
 """sha256.json: what is known of the files of a folder, so that damage is noticed.
 
-A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is
-known (files that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.
+A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is known (files that
+hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ def read_record(folder: Path) -> dict:
     """What is known of the files of a folder: {"source": ..., "files": {name: {"size", "sha256", "mtime_ns"}}}."""
     record = read_json(folder / RECORD)
     files = record.get("files") if isinstance(record, dict) else None
-    is_entry = lambda entry: isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
-    if not (isinstance(files, dict) and all(is_plain_name(n) and is_entry(entry) for n, entry in files.items())):
+    if not (isinstance(files, dict) and all(is_plain_name(name) and isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
+                                            for name, entry in files.items())):  # fmt: skip
         raise WeightsError(
             f"{folder / RECORD}: not a list of files with size, sha256 and mtime_ns; delete it if you trust the files"
         )
@@ -56,8 +56,7 @@ def check_record(folder: Path) -> None:
                 sha.update(data)
         if sha.hexdigest() != entry["sha256"]:
             raise WeightsError(
-                f"{path}: does not have the sha256 of {RECORD}, so it was changed or damaged; delete it and get it "
-                "again"
+                f"{path}: does not have the sha256 of {RECORD}, so it was changed or damaged; delete it and get it again"
             )
         changed = True
     if changed:
