@@ -24,8 +24,8 @@ class Tokenizer:
         if not self.path.is_file():
             beside = "; tokenizer.json is not read" if self.path.with_name("tokenizer.json").exists() else ""
             raise FileNotFoundError(
-                f"{path}: no such tokenizer file{beside}; copy it beside the model's config.json from the language model "
-                "that it was made from (google/mt5-*, bigscience/mt0-* and google/flan-t5-* on the hub have it)"
+                f"{path}: no such tokenizer file{beside}; copy it beside the model's config.json from the language "
+                "model that it was made from (google/mt5-*, bigscience/mt0-* and google/flan-t5-* on the hub have it)"
             )
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
