@@ -100,15 +100,16 @@ def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
     model = dict(type="Unigram", unk_id=2, byte_fallback=any(pieces.is_byte(i) for i in range(min(n, 1000))),
                  vocab=[[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(n)])  # fmt: skip
     decoder = dict(type="Sequence", decoders=[dict(type="ByteFallback"), space]) if model["byte_fallback"] else space
+    single, ending = [sequence("A", 0), eos], {special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])}
+    pair = [*single, sequence("B", 0), eos]
     return {
         "tokenizer.json": dict(
-            version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder, model=model,
-            normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
-            post_processor=dict(type="TemplateProcessing", single=[sequence("A", 0), eos], pair=[sequence("A", 0), eos, sequence("B", 0), eos],
-                                special_tokens={special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])})),
+            version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder,
+            model=model, normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
+            post_processor=dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=ending)),
         "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1], eos_token=special[1][1],
-            unk_token=special[2][1], clean_up_tokenization_spaces=False),
+            tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1],
+            eos_token=special[1][1], unk_token=special[2][1], clean_up_tokenization_spaces=False),
     }  # fmt: skip
 
 
