@@ -15,9 +15,9 @@ import torch
 
 from nanomblip.data.decode import ImageError, list_images, load_image
 from nanomblip.data.emoji import load_emoji
-from nanomblip.data.image import ImageConfig, image_to_tensor
+from nanomblip.data.image import image_to_tensor
 from nanomblip.data.languages import LANGUAGES, parse_lang
-from nanomblip.data.processor import save_processor
+from nanomblip.data.processor import load_image_config, save_processor
 from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
@@ -28,9 +28,8 @@ from nanomblip.training.state import pick_device
 from nanomblip.weights.adapter import load_adapter
 from nanomblip.weights.files import read_json, write_atomic
 from nanomblip.weights.hub import MODELS, download
-from nanomblip.weights.layout import config_from_hf
 from nanomblip.weights.load import DTYPES, load_mblip
-from nanomblip.weights.save import save_mblip, save_merged
+from nanomblip.weights.save import save_mblip, save_merged, stored_parameters
 
 HERE = Path(__file__).resolve().parent
 MAX_PROMPT = 256  # pieces, the paper's limit in evaluation
@@ -143,8 +142,7 @@ def types(cfg: Config, folder: Path) -> dict[str, str | None]:
     config = read_json(folder / "config.json")
     auto = None
     if isinstance(config, dict) and "quantization_config" not in config:
-        with torch.device("meta"):
-            auto = "int8" if sum(p.numel() for p in MBLIP(config_from_hf(config)).parameters()) > LARGE else None
+        auto = "int8" if stored_parameters(folder) > LARGE else None
     return {
         name: auto if getattr(cfg, name) == "auto" else getattr(cfg, name) for name in ("vision_dtype", "llm_dtype")
     }
@@ -167,7 +165,7 @@ class Stream:
 
 def write_folder(model: MBLIP, target: Path, folder: Path, pieces: int, merged: bool) -> None:
     """Write the model of `folder` to `target`, with everything else that a folder in the official layout has."""
-    read_json(folder / "preprocessor_config.json")  # before the long part
+    load_image_config(folder)  # before the long part
     if merged:
         save_merged(model, target, image_token=pieces, source=folder, languages=spoken(folder))
     else:
@@ -209,7 +207,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--{name} {target}: is not an empty folder")
 
     tokenizer = Tokenizer(folder / "spiece.model")
-    size = ImageConfig.from_hf(read_json(folder / "preprocessor_config.json"))
+    size = load_image_config(folder)
     model = load_mblip(folder, **types(cfg, folder))
     if cfg.adapter:
         load_adapter(model.mt5, cfg.adapter)
@@ -224,7 +222,7 @@ def main(argv: list[str]) -> int:
         )
     if size.size != model.cfg.vit.image_size:
         raise ValueError(
-            f"{folder}: preprocessor_config.json makes pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}"
+            f"{folder}: its picture settings are for pictures of {size.size}, the ViT wants {model.cfg.vit.image_size}"
         )
     print(f"sample.py: weights {folder}, {LANGUAGES[lang].name}", file=sys.stderr)
     allowed = language_pieces(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)

@@ -28,6 +28,7 @@ from nanomblip.data.emoji import Emoji, load_emoji, pair_split, unit_hash  # noq
 from nanomblip.data.image import ImageConfig, image_to_tensor  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
 from nanomblip.data.prompts import EVAL_PROMPT  # noqa: E402
+from nanomblip.data.processor import load_image_config  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.measure.emoji_splits import answer, questions, score  # noqa: E402
@@ -35,7 +36,7 @@ from nanomblip.measure.fidelity import LanguageID  # noqa: E402
 from nanomblip.model.generate import DECODING  # noqa: E402
 from nanomblip.model.mblip import MBLIP  # noqa: E402
 from nanomblip.training.warmup import name_places, name_scores  # noqa: E402
-from nanomblip.weights.files import read_json, write_json  # noqa: E402
+from nanomblip.weights.files import write_json  # noqa: E402
 from nanomblip.weights.load import load_mblip  # noqa: E402
 
 SPLITS = ("pictures", "openmoji", "streamline")  # as `evaluate.questions` has them
@@ -135,7 +136,7 @@ def name_table(model: MBLIP, tokenizer: Tokenizer, names: list[str]) -> torch.Te
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config, argv, "Measure vision, alignment and language model of a re-aligned nano apart.")
     model, seeing = load_mblip(Path(cfg.model)).eval(), load_mblip(Path(cfg.vision)).eval()
-    image = ImageConfig.from_hf(read_json(Path(cfg.model) / "preprocessor_config.json"))
+    image = load_image_config(Path(cfg.model))
     emoji, tokenizer = load_emoji("core"), Tokenizer(Path(cfg.model) / "spiece.model")
     if not model.cfg.vit.image_size == seeing.cfg.vit.image_size == image.size == emoji.pictures.shape[1]:
         raise ValueError(f"--model {cfg.model}, --vision {cfg.vision}: both are to be models for pictures of {emoji.pictures.shape[1]}, as nano is")

@@ -1,4 +1,4 @@
-"""Text to piece ids and back: a thin wrapper around SentencePiece (Kudo & Richardson 2018), ids as in mT5.
+"""Text to token ids and back: a thin wrapper around SentencePiece (Kudo & Richardson 2018), ids as in mT5.
 
 pad = 0, eos = 1, unk = 2; there is no bos. Every encoded text ends with eos, and truncation never cuts it off.
 """
@@ -11,9 +11,9 @@ import torch
 
 
 class Tokenizer:
-    """The pieces of one `spiece.model` file.
+    """The tokens of one `spiece.model` file.
 
-    `len(tokenizer)` is the number of pieces; a model's embedding may have a few rows more, which never come out of
+    `len(tokenizer)` is their number; a model's embedding may have a few rows more, which never come out of
     a text and cannot be decoded. Raises FileNotFoundError or ValueError naming the file when it cannot be read.
     """
 
@@ -22,7 +22,11 @@ class Tokenizer:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such tokenizer file; it belongs beside the model's config.json")
+            beside = "; tokenizer.json is not read" if self.path.with_name("tokenizer.json").exists() else ""
+            raise FileNotFoundError(
+                f"{path}: no such tokenizer file{beside}; copy it beside the model's config.json from the language "
+                "model that it was made from (google/mt5-*, bigscience/mt0-* and google/flan-t5-* on the hub have it)"
+            )
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
             ids = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
@@ -35,13 +39,13 @@ class Tokenizer:
         return self.pieces.get_piece_size()
 
     def encode(self, text: str, max_length: int = 128) -> list[int]:
-        """Piece ids of a text, eos last; at most `max_length` of them (the paper's 128 in training)."""
+        """Token ids of a text, eos last; at most `max_length` of them (the paper's 128 in training)."""
         # A byte of the command line that is not UTF-8 arrives as a lone surrogate, which SentencePiece cannot take.
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self.pieces.encode(text)[: max_length - 1] + [self.eos]
 
     def decode(self, ids) -> str:
-        """The text of piece ids, up to the first eos; pad and rows beyond the tokenizer are left out."""
+        """The text of token ids, up to the first eos; pad and rows beyond the tokenizer are left out."""
         kept = []
         for i in ids:
             if i == self.eos:
@@ -67,7 +71,7 @@ def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
     """The same tokenizer as transformers reads it, without protobuf: contents of tokenizer.json and
     tokenizer_config.json.
 
-    image_token: id of the piece "<image>" that transformers puts in place of the picture's vectors, see
+    image_token: id of the token "<image>" that transformers puts in place of the picture's vectors, see
     `layout.config_to_hf`.
     """
     pieces, n = tokenizer.pieces, len(tokenizer)
@@ -96,15 +100,16 @@ def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
     model = dict(type="Unigram", unk_id=2, byte_fallback=any(pieces.is_byte(i) for i in range(min(n, 1000))),
                  vocab=[[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(n)])  # fmt: skip
     decoder = dict(type="Sequence", decoders=[dict(type="ByteFallback"), space]) if model["byte_fallback"] else space
+    single, ending = [sequence("A", 0), eos], {special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])}
+    pair = [*single, sequence("B", 0), eos]
     return {
         "tokenizer.json": dict(
-            version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder, model=model,
-            normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
-            post_processor=dict(type="TemplateProcessing", single=[sequence("A", 0), eos], pair=[sequence("A", 0), eos, sequence("B", 0), eos],
-                                special_tokens={special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])})),
+            version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder,
+            model=model, normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
+            post_processor=dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=ending)),
         "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1], eos_token=special[1][1],
-            unk_token=special[2][1], clean_up_tokenization_spaces=False),
+            tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1],
+            eos_token=special[1][1], unk_token=special[2][1], clean_up_tokenization_spaces=False),
     }  # fmt: skip
 
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from nanomblip.data.decode import ImageError, load_image
 from nanomblip.data.emoji import Emoji, load_emoji
-from nanomblip.data.image import ImageConfig, image_to_tensor
+from nanomblip.data.image import image_to_tensor
 from nanomblip.data.json_mixture import image_path
 from nanomblip.data.languages import LANGUAGES, parse_lang, resource_group, script_group
 from nanomblip.data.mixture import TASKS, Mixture
 from nanomblip.data.prompts import EVAL_PROMPT
+from nanomblip.data.processor import load_image_config
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.benchmarks import OUTSIDE, READERS, Item, read_benchmark
@@ -306,7 +307,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--model {cfg.model}: no such folder")
     emoji = load_emoji("core")
     tokenizer = Tokenizer(folder / "spiece.model")
-    image = ImageConfig.from_hf(read_json(folder / "preprocessor_config.json"))
+    image = load_image_config(folder)
     wanted = [w if w in OUTSIDE else parse_lang(w) for w in cfg.langs.split(",") if w.strip()]
 
     # Questions.

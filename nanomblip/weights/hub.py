@@ -33,7 +33,8 @@ MODELS = {
     "blip2-flan-t5-xl": ("Salesforce/blip2-flan-t5-xl", "main"),
     **{f"mt0-{size}": (f"bigscience/mt0-{size}", "main") for size in ("small", "base", "large", "xl", "xxl")},
 }
-WANTED = ("config.json", "preprocessor_config.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+WANTED = ("config.json", "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
+          "special_tokens_map.json")  # fmt: skip
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces; requests itself would wait for ever
 TRIES = 6  # in a row without a new byte

@@ -1,11 +1,12 @@
-"""The official layout, Hugging Face's BLIP-2, in tables: which key of a file is which parameter of ours, and which word of a
-`config.json` is which field of a config. Reading and writing with them is weights.py.
+"""The official layout, Hugging Face's BLIP-2, in tables: which key of a file is which parameter of ours, and which word
+of a `config.json` is which field of a config. Reading and writing with them is load.py and save.py.
 """
 
 from dataclasses import fields
 
 import torch
 
+from nanomblip.model.int8 import THRESHOLD
 from nanomblip.model.mblip import MBLIP, MBLIPConfig
 from nanomblip.model.mt5 import MT5, MT5Config
 from nanomblip.model.qformer import QFormerConfig
@@ -105,13 +106,80 @@ def mt5_names(model: MT5) -> dict[str, str]:
     return {mine.removeprefix("mt5."): official.removeprefix("language_model.") for mine, official in names.items()}
 
 
+# Where the official keys count layers: stack -> the word of config.json for its depth, part and field of MBLIPConfig.
+STACKS = {
+    "vision_model.encoder.layers.": ("num_hidden_layers", "vit", "layers"),
+    "qformer.encoder.layer.": ("num_hidden_layers", "qformer", "layers"),
+    "language_model.encoder.block.": ("num_layers", "mt5", "layers"),
+    "language_model.decoder.block.": ("num_decoder_layers", "mt5", "decoder_layers"),
+}
+
+
+def check_depths(folder, cfg: MBLIPConfig | MT5Config, keys, skip: str | None = None) -> None:
+    """Raise WeightsError if the config of a folder has more layers than the official `keys` of its files.
+
+    To be called before a model is built: a million layers take minutes, even without memory. skip: as in
+    `find_tensors`.
+    """
+    for stack, (word, part, name) in STACKS.items():
+        if isinstance(cfg, MT5Config):
+            if part != "mt5":
+                continue
+            stack = stack.removeprefix("language_model.")
+        elif skip is not None and stack.startswith(skip):
+            continue
+        wanted = getattr(getattr(cfg, part, cfg), name)
+        stored = len({key.removeprefix(stack).split(".")[0] for key in keys if key.startswith(stack)})
+        if wanted > stored:
+            raise WeightsError(
+                f"{folder}: config.json wants {word} = {wanted}, the weights have {stored} layers {stack}*: "
+                "these are not the weights of its config.json"
+            )
+
+
 # ------------------------------------------------------------------------------------------------------------- configs
 
 # What transformers assumes when a config.json does not say (hub files often store differences only).
 _MT5_DEFAULTS = dict(vocab_size=250112, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
                      relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1,
-                     layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1)  # fmt: skip
-_T5_DEFAULTS = _MT5_DEFAULTS | dict(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu")
+                     layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+                     decoder_start_token_id=0)  # fmt: skip
+_T5_DEFAULTS = _MT5_DEFAULTS | dict(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu",
+                                    decoder_start_token_id=None)  # fmt: skip
+
+# What a config.json may say without changing what the model computes for given tokens and pictures. Everything else
+# that is said (not null, false or empty) and that no table here knows is refused, so that the options of next year
+# cannot slip through. These are the keys of transformers 4.27 to 5.24 and of the files of the hub.
+_HARMLESS = frozenset(
+    # Names and history.
+    "architectures name_or_path tokenizer_class transformers_version torch_dtype dtype finetuning_task prefix "
+    "task_specific_params "
+    # How weights are drawn before they are loaded; what a call returns, saves or cuts into parts.
+    "initializer_factor initializer_range return_dict output_attentions output_hidden_states output_past use_cache "
+    "chunk_size_feed_forward attn_implementation gradient_checkpointing "
+    # Heads of other tasks, and limits of texts that these models do not have (their positions are relative).
+    "id2label label2id num_labels problem_type classifier_dropout image_text_hidden_size projection_dim "
+    "n_positions max_position_embeddings "
+    # Said twice: it follows from the rest.
+    "is_encoder_decoder use_decoder_only_language_model model_type bos_token_id image_token_index image_token_id "
+    # Defaults of generation; sample.py has flags of its own.
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "num_return_sequences".split()
+)
+_LARGEST = 1_000_000  # of all sizes; the vocabulary, by far the largest, has 250,112
+_Q_FORMER_TEXT = ("vocab_size", "pad_token_id")  # of the texts that this Q-Former never reads
+
+
+def shown(value) -> str:
+    """A value of a stranger's file in an error message, never longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_empty(value) -> bool:
+    """Whether an option of a JSON file is not used: null, false, or an empty text, list or object. 0 is a value."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _refuse_unless(part: str, hf: dict, **allowed):
@@ -119,87 +187,163 @@ def _refuse_unless(part: str, hf: dict, **allowed):
     for key, values in allowed.items():
         if hf.get(key, values[0]) not in values:
             raise WeightsError(
-                f"{part} with {key} = {hf[key]!r} is not implemented (only {', '.join(map(repr, values))})"
+                f"{part} with {key} = {shown(hf[key])} is not implemented (only {', '.join(map(repr, values))})"
             )
 
 
-def _build(part: str, cls, hf: dict, **names):
-    """Make the config dataclass `cls` from the official keys named in `names` (ours = official); absent = our default."""
-    kwargs = {ours: hf[official] for ours, official in names.items() if hf.get(official) is not None}
+def _refuse_unknown(part: str, hf: dict, known) -> None:
+    """Raise WeightsError for a key that says something which nothing here reads."""
+    for key, value in hf.items():
+        if not (key in known or key in _HARMLESS or key.startswith("_") or is_empty(value)):
+            raise WeightsError(
+                f"{part} with {shown(key)[1:-1]} = {shown(value)} is not known here, so it could change what the model "
+                "computes; delete it from config.json if it does not"
+            )
+
+
+def _build(part: str, cls, hf: dict, more: dict | None = None, /, **names):
+    """Make the config dataclass `cls` from the official keys in `names` (ours = official); absent = our default.
+
+    more: fields that come from elsewhere.
+    """
+    kwargs = {ours: hf[official] for ours, official in names.items() if official in hf}
     for ours, value in kwargs.items():
         default = next(f.default for f in fields(cls) if f.name == ours)
-        want = (int, float) if isinstance(default, float) else type(default)
-        if isinstance(value, bool) or not isinstance(value, want) or (not isinstance(value, str) and value < 0):
-            raise WeightsError(f"{part} with {names[ours]} = {value!r}: expected a number as in {default!r}")
+        if isinstance(default, str):
+            continue  # checked by cls
+        if isinstance(default, float):  # a dropout or an epsilon
+            want, good = "a number from 0 to below 1", isinstance(value, (int, float)) and 0 <= value < 1
+        else:
+            lowest = 0 if ours in ("pad", "eos", "start") else 1
+            want = f"a whole number from {lowest} to {_LARGEST:,}"
+            good = isinstance(value, int) and lowest <= value <= _LARGEST
+        if isinstance(value, bool) or not good:
+            raise WeightsError(f"{part} with {names[ours]} = {shown(value)}: expected {want}")
     try:
-        return cls(**kwargs)
+        return cls(**kwargs, **(more or {}))
     except (ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{part}: {error}") from None
 
 
+_MT5_NAMES = dict(vocab="vocab_size", width="d_model", heads="num_heads", head_width="d_kv", mlp="d_ff",
+                  layers="num_layers", decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
+                  max_distance="relative_attention_max_distance", dropout="dropout_rate", eps="layer_norm_epsilon",
+                  gelu="gelu", pad="pad_token_id", eos="eos_token_id")  # fmt: skip
+_VIT_NAMES = dict(image_size="image_size", patch_size="patch_size", width="hidden_size", layers="num_hidden_layers",
+                  heads="num_attention_heads", mlp="intermediate_size", eps="layer_norm_eps")  # fmt: skip
+_QFORMER_NAMES = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+                      mlp="intermediate_size", vision_width="encoder_hidden_size",
+                      cross_every="cross_attention_frequency", dropout="hidden_dropout_prob",
+                      attn_dropout="attention_probs_dropout_prob", eps="layer_norm_eps")  # fmt: skip
+
+
 def mt5_config_from_hf(text: dict) -> MT5Config:
-    """MT5Config from the official `config.json` of an mT5, an mT0 or a flan-t5 (as a dict), or a BLIP-2's `text_config`."""
+    """MT5Config from the official `config.json` of an mT5, an mT0 or a flan-t5, or a BLIP-2's `text_config` (a dict).
+
+    Raises WeightsError for whatever changes the arithmetic and is not implemented.
+    """
     if not isinstance(text, dict):
         raise WeightsError("config.json does not hold an object")
     kind = text.get("model_type")  # absent means OPT; decoder-only models (OPT, BLOOMZ) are out of scope
     _refuse_unless("a language model", {"model_type": kind}, model_type=("mt5", "t5"))
-    is_mt5 = kind == "mt5"
-    text = (_MT5_DEFAULTS if is_mt5 else _T5_DEFAULTS) | {k: v for k, v in text.items() if v is not None}
-    _refuse_unless("a language model", text, feed_forward_proj=("gated-gelu",), is_gated_act=(True,),
-                   dense_act_fn=("gelu_new", "gelu"), decoder_start_token_id=(text["pad_token_id"],),
-                   scale_decoder_outputs=(False,))  # fmt: skip
-    if not is_mt5:  # T5's tied models rescale the decoder's output; flan-t5, which BLIP-2 uses, is untied
-        _refuse_unless("a T5", {"tie_word_embeddings": True} | text, tie_word_embeddings=(False,))
-    text.setdefault("num_decoder_layers", text["num_layers"])
-    return _build("text_config", MT5Config, text | {"gelu": "none" if text.get("dense_act_fn") == "gelu" else "tanh"},
-                 vocab="vocab_size", width="d_model", heads="num_heads", head_width="d_kv", mlp="d_ff",
-                 layers="num_layers", decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
-                 max_distance="relative_attention_max_distance", dropout="dropout_rate", eps="layer_norm_epsilon",
-                 gelu="gelu", pad="pad_token_id", eos="eos_token_id")  # fmt: skip
+    text = (_MT5_DEFAULTS if kind == "mt5" else _T5_DEFAULTS) | text
+    if text.get("num_decoder_layers") is None:
+        text["num_decoder_layers"] = text["num_layers"]
+    # T5 scales the decoder's output, T5 1.1 and flan-t5 do not. Old files say so by tying the embeddings or not;
+    # transformers 5 writes that they are tied for all, and has a word of its own for the scaling. mT5 never scales.
+    scaled = kind == "t5" and text.get("tie_word_embeddings") is not False
+    text = {"scale_decoder_outputs": scaled} | text
+    if text["scale_decoder_outputs"] is not False:
+        said = f"{shown(text['scale_decoder_outputs'])}, tie_word_embeddings = {shown(text.get('tie_word_embeddings'))}"
+        raise WeightsError(f"a language model with scale_decoder_outputs = {said} is not implemented (only False)")
+    fixed = dict(feed_forward_proj=("gated-gelu",), is_gated_act=(True,), dense_act_fn=("gelu_new", "gelu"),
+                 decoder_start_token_id=(text["pad_token_id"],), is_decoder=(False,))  # fmt: skip
+    _refuse_unless("a language model", text, **fixed)
+    # The file decides what is tied, and ours needs a head. quantization_config: see `load.threshold_of`.
+    other = ("tie_word_embeddings", "scale_decoder_outputs", "quantization_config")
+    _refuse_unknown("a language model", text, {*_MT5_NAMES.values(), *fixed, *other})
+    text["gelu"] = "none" if text.get("dense_act_fn") == "gelu" else "tanh"
+    cfg = _build("text_config", MT5Config, text, **_MT5_NAMES)
+    if max(cfg.pad, cfg.eos) >= cfg.vocab:
+        raise WeightsError(f"text_config: tokens {cfg.pad} and {cfg.eos} (pad, eos) in a vocabulary of {cfg.vocab}")
+    return cfg
 
 
 def config_from_hf(hf: dict) -> MBLIPConfig:
     """MBLIPConfig from an official `config.json` (as a dict), legacy or new.
 
-    Whatever changes the arithmetic and is not implemented is refused by name (WeightsError); what only concerns
-    training or generation defaults is ignored. `tie_word_embeddings` is ignored on purpose for mT5: transformers 5.x
-    writes true for every mT5, also when the file holds a separate head. The file decides, and ours needs a head.
+    What changes the arithmetic and is not implemented is refused by name (WeightsError), and so is what nobody here
+    knows; what only concerns training or defaults of generation is ignored (_HARMLESS). `tie_word_embeddings` is
+    left to the file: transformers 5 writes true for every T5, also beside a separate head, which then counts.
     """
     _check_kind(hf)
-    return vision_config_from_hf(hf, mt5_config_from_hf(hf.get("text_config") or {}))
+    text = hf.get("text_config") or {}
+    if isinstance(text, dict) and not is_empty(text.get("quantization_config")):
+        raise WeightsError("config.json: a quantization_config of the language model alone is not implemented")
+    return vision_config_from_hf(hf, mt5_config_from_hf(text))
 
 
 def vision_config_from_hf(hf: dict, mt5: MT5Config) -> MBLIPConfig:
     """The same, with another language model than the one of the `config.json`, which may be of any kind (OPT, say)."""
     _check_kind(hf)
+    parts = ("vision_config", "qformer_config", "text_config")
+    ours = ("num_query_tokens", "languages", "bases", "quantization_config", "tie_word_embeddings")
+    _refuse_unknown("config.json", hf, (*parts, *ours))
     vision, qformer = hf.get("vision_config") or {}, hf.get("qformer_config") or {}
-    _refuse_unless("a ViT", vision, hidden_act=("gelu",), attention_dropout=(0.0,), qkv_bias=(True,))
-    vit = _build("vision_config", ViTConfig, vision, image_size="image_size", patch_size="patch_size", width="hidden_size",
-                 layers="num_hidden_layers", heads="num_attention_heads", mlp="intermediate_size",
-                 eps="layer_norm_eps")  # fmt: skip
-    _refuse_unless("a Q-Former", qformer, hidden_act=("gelu",), position_embedding_type=("absolute",),
-                   use_qformer_text_input=(False,))  # fmt: skip
-    former = _build("qformer_config", QFormerConfig, qformer, width="hidden_size", layers="num_hidden_layers",
-                    heads="num_attention_heads", mlp="intermediate_size", vision_width="encoder_hidden_size",
-                    cross_every="cross_attention_frequency", dropout="hidden_dropout_prob",
-                    attn_dropout="attention_probs_dropout_prob", eps="layer_norm_eps")  # fmt: skip
+    fixed = dict(hidden_act=("gelu",), attention_dropout=(0.0,), qkv_bias=(True,), num_channels=(3,), dropout=(0.0,))
+    _refuse_unless("a ViT", vision, **fixed)
+    _refuse_unknown("a ViT", vision, {*_VIT_NAMES.values(), *fixed})
+    vit = _build("vision_config", ViTConfig, vision, **_VIT_NAMES)
 
-    queries = hf.get("num_query_tokens", 32)
-    if not isinstance(queries, int) or isinstance(queries, bool) or queries < 1:
-        raise WeightsError(f"config.json: num_query_tokens = {queries!r}")
-    try:
-        return MBLIPConfig(vit=vit, qformer=former, mt5=mt5, queries=queries)
-    except ValueError as error:
-        raise WeightsError(f"config.json: {error}") from None
+    fixed = dict(hidden_act=("gelu",), position_embedding_type=("absolute",), use_qformer_text_input=(False,))
+    _refuse_unless("a Q-Former", qformer, **fixed)
+    _refuse_unknown("a Q-Former", qformer, {*_QFORMER_NAMES.values(), *fixed, *_Q_FORMER_TEXT})
+    qformer = {"encoder_hidden_size": vit.width} | qformer
+    former = _build("qformer_config", QFormerConfig, qformer, **_QFORMER_NAMES)
+
+    made = dict(vit=vit, qformer=former, mt5=mt5)
+    return _build("config.json", MBLIPConfig, hf, made, queries="num_query_tokens")
 
 
 def _check_kind(hf: dict) -> None:
     if not isinstance(hf, dict):
         raise WeightsError("config.json does not hold an object")
     if hf.get("model_type") != "blip-2":
-        raise WeightsError(f"config.json says model_type {hf.get('model_type')!r}; this code reads 'blip-2'")
+        raise WeightsError(f"config.json says model_type {shown(hf.get('model_type'))}; this code reads 'blip-2'")
     if not all(isinstance(hf.get(key) or {}, dict) for key in ("vision_config", "qformer_config", "text_config")):
         raise WeightsError("config.json: vision_config, qformer_config and text_config must be objects")
+
+
+# Keys of a quantization_config that say nothing about weights that are there: what is not int8 is told by its type.
+_OF_INT8 = ("quant_method", "load_in_8bit", "llm_int8_threshold", "llm_int8_skip_modules",
+            "llm_int8_enable_fp32_cpu_offload")  # fmt: skip
+
+
+def int8_threshold(hf: dict) -> float:
+    """The outlier threshold of int8 layers: that of a config.json, if bitsandbytes or we have quantised its weights.
+
+    Raises WeightsError for any other quantisation.
+    """
+    block = hf.get("quantization_config")
+    if block is None:
+        return THRESHOLD
+    if (
+        not isinstance(block, dict)
+        or block.get("quant_method") != "bitsandbytes"
+        or block.get("load_in_8bit") is not True
+    ):
+        raise WeightsError(
+            "config.json: quantization_config is not that of bitsandbytes in 8 bits; get the original weights"
+        )
+    for key, value in block.items():  # bnb_4bit_*: 8 bits do not use them; _*: bitsandbytes' own copies
+        if not (key in _OF_INT8 or key.startswith(("_", "bnb_4bit_")) or is_empty(value)):
+            raise WeightsError(
+                f"config.json: quantization_config with {shown(key)} = {shown(value)} is not implemented"
+            )
+    value = block.get("llm_int8_threshold", THRESHOLD)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise WeightsError(f"config.json: llm_int8_threshold = {shown(value)}; expected a number, at least 0")
+    return float(value)
 
 
 def mt5_config_to_hf(t: MT5Config) -> dict:
@@ -217,7 +361,7 @@ def mt5_config_to_hf(t: MT5Config) -> dict:
 
 
 def config_to_hf(cfg: MBLIPConfig, image_token: int) -> dict:
-    """The official `config.json` (as a dict) of a model; `image_token` is the piece id that transformers >= 4.55
+    """The official `config.json` (as a dict) of a model; `image_token` is the token id that transformers >= 4.55
     replaces by the picture's vectors: the first row of the embedding that the tokenizer cannot produce."""
     assert image_token < cfg.mt5.vocab, f"image_token {image_token} has no row in an embedding of {cfg.mt5.vocab}"
     v, q = cfg.vit, cfg.qformer

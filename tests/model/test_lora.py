@@ -198,7 +198,7 @@ def change_tensors(edit):
 @pytest.mark.parametrize("change,message", [
     (change_config(target_modules=["q", ".k", "v", ".o", "wi_0", "wi_1"]), "disagree about 5"),
     (change_config(target_modules=["q", "dance"]), "'dance' matches no"), (change_config(target_modules="all-linear"), "all-linear"),
-    (change_config(use_dora=True), "use_dora"), (change_config(bias="all"), "bias"), (change_config(rank_pattern={"q": 2}), "rank_pattern"),
+    (change_config(use_dora=True), "use_dora"), (change_config(bias="all"), "bias"), (change_config(rank_pattern={"q": 2}), "shape"),
     (change_config(peft_type="IA3"), "IA3"), (change_config(r=0), "rank 0"), (change_config(r=5), "shape"), (change_config(r="x"), "rank x"),
     (change_tensors(lambda t: t.pop(sorted(t)[0])), "disagree about 1"), (change_tensors(lambda t: t.update(x=torch.zeros(1))), "unknown key 'x'"),
     (change_tensors(lambda t: t[sorted(t)[3]].fill_(float("nan"))), "not finite"),

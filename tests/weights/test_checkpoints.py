@@ -22,7 +22,7 @@ from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.int8 import Int8Linear, quantize_linears, quantize_rows
 from nanomblip.model.mblip import MBLIPConfig
 from nanomblip.training.state import remove_leftovers
-from nanomblip.weights import load, save
+from nanomblip.weights import save, tensors
 from nanomblip.weights.files import digest
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import INDEX, load_mblip, load_mt5, load_vision
@@ -112,7 +112,7 @@ def test_our_own_safetensors_files_are_read_by_safetensors(tmp_path):
 @pytest.mark.parametrize("block", [1 << 22, 1000])
 def test_int8_from_the_file_is_int8_of_the_model(plain, monkeypatch, block):
     """To the bit, whatever the size of the blocks."""
-    monkeypatch.setattr(load, "BLOCK", block)
+    monkeypatch.setattr(tensors, "BLOCK", block)
     monkeypatch.setattr(save, "BLOCK", block)
     got, want = load_mblip(plain, vision_dtype="int8", llm_dtype="int8"), load_mblip(plain)
     quantize_linears(want.vit)
