@@ -4,7 +4,7 @@ Two tables, which the README shows. Of held-out pictures and of two artists that
 
     vit        a linear probe on the ViT's vectors, side by side        what the frozen image encoder sees
     qformer    the same on the vectors of the Q-Former of --vision      what BLIP-2 had made of it
-    nearest    the name nearest to the re-aligned vectors               what the language model is given (`imitate.name_scores`)
+    nearest    the name nearest to the re-aligned vectors               what the language model is given (`warmup.name_scores`)
     written    the language model's caption, five beams                 what it makes of that
 
 and the loss of the human names, over all languages, behind what takes a picture's place. The probe is a ridge regression from the

@@ -49,7 +49,7 @@ from nanomblip.model.qformer import QFormerAttention  # noqa: E402
 from nanomblip.model.vit import ViTAttention  # noqa: E402
 from nanomblip.training.optimizers import Muon  # noqa: E402
 from nanomblip.training.state import Interrupt, Log, State, keep_memory, remove_leftovers  # noqa: E402
-from nanomblip.training.warmup import imitation_loss, name_places, name_scores  # noqa: E402
+from nanomblip.training.warmup import names_loss, name_places, name_scores  # noqa: E402
 from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
 from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402
 from nanomblip.weights.save import save_mblip, save_mt5, save_trained  # noqa: E402
@@ -167,7 +167,7 @@ class Texts:
         """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise, scale float (B, S, 1), seed).
 
         What the language model is to read is (embedded prompt + noise * N(0, 1)) * scale: 0 and 1, but for blurred names (into which `mix_names` mixes others first). These stand where the
-        Q vectors of a picture will, one name over Q places as in `imitate.py`, with noise of one deviation up to BLUR, at a length
+        Q vectors of a picture will, one name over Q places as in `warmup.py`, with noise of one deviation up to BLUR, at a length
         between 0.4 and 1.2 of that of a piece: so are the vectors that a Q-Former reaches (cosine 0.2 to 0.4 with the pieces). seed: of the noise.
 
         Short and long prompts apart, sorted by the target's length, then each sixteenth by the prompt's: without that, padding
@@ -345,7 +345,7 @@ class MakeBLIP2:
     tell a picture's name from all others. With some hundred names each can have a vector of its own, so this is a linear classifier.
     Redrawing grows from a third of its strength to all of it (`--redraw`) in the first half, and is half of it afterwards. Then the ViT is frozen, and as in BLIP-2
     (Li et al. 2023, sections 3.2 and 3.3) a fresh Q-Former learns in two phases: to bring pictures near their names, each vector imitating its piece of the T5's
-    embedded name (`imitate.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read was a worse
+    embedded name (`warmup.py`), and to say it through the T5, while it goes on imitating. Fresh, because one that a classifier has read was a worse
     start than random weights (weights/LOG.md, "A Q-Former to start from").
     """
 
@@ -397,7 +397,7 @@ class MakeBLIP2:
             features = self.model.image_features(image)
         visual = self.model.image_tokens(features)  # (B, Q, D)
         names = self.model.mt5.embed_tokens(self.places).detach().float()  # (C, Q, D)
-        imitation = imitation_loss(visual, target.argmax(1), names)
+        imitation = names_loss(visual, target.argmax(1), names)
         if done < speak:
             return imitation
         mask = F.pad(prompt != Tokenizer.pad, (visual.shape[1], 0), value=True)  # (B, L)

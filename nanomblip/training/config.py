@@ -46,7 +46,7 @@ SCALE = {
     "checkpointing": (False,             True),
 }  # fmt: skip
 WARMUP_SHARE = {"names": 0.68, "projection": 0.092, "none": 0.0}  # of the steps; the paper's 8,000 of 87,000
-WEIGHT_DECAY, CLIP = 0.1, 1.0  # the paper's
+CLIP = 1.0  # the largest gradient norm, the paper's
 
 
 @dataclass(frozen=True)

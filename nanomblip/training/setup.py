@@ -11,6 +11,7 @@ from nanomblip.data.image import ImageConfig
 from nanomblip.data.json_mixture import JsonBatches, JsonMixture, parse_mixture
 from nanomblip.data.languages import parse_lang, parse_lang_mix
 from nanomblip.data.mixture import Batches, Mixture, parse_tasks
+from nanomblip.data.processor import PICTURES, PROCESSOR, load_image_config
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.lora import add_lora
 from nanomblip.model.mblip import MBLIP, PRESETS
@@ -98,7 +99,13 @@ def build_start(cfg: Config, folders: tuple[Path, ...]) -> Start:
     source = folders[-1] if folders else ROOT
     if cfg.lora != "none":
         add_lora(model.mt5, cfg.lora, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
-    image = ImageConfig(size=model.cfg.vit.image_size)
+    seen = folders[0] if folders else None  # the ViT is given pictures as it knows them
+    known = seen is not None and any((seen / file).exists() for file in (PICTURES, PROCESSOR))
+    image = load_image_config(seen) if known else ImageConfig(size=model.cfg.vit.image_size)
+    if image.size != model.cfg.vit.image_size:
+        raise ValueError(
+            f"{seen}: its picture settings are of {image.size} pixels, the ViT wants {model.cfg.vit.image_size}"
+        )
     bases = folders if len(folders) == 2 else None
     return Start(model, Tokenizer(source / "spiece.model"), image, source, bases, rounded)
 

@@ -1,10 +1,10 @@
-"""imitate.py: where a name's pieces go, the loss, and that vectors which have learned it are the names."""
+"""warmup.py: where a name's pieces go, the loss, and that vectors which have learned it are the names."""
 
 import torch
 
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.tokenizer import Tokenizer
-from nanomblip.training.warmup import TAU, imitation_loss, name_places
+from nanomblip.training.warmup import TAU, names_loss, name_places
 
 
 def test_pieces_are_stretched_over_the_places():
@@ -24,7 +24,7 @@ def test_the_loss_is_its_equation():
         distance = ((row - table) ** 2).sum((1, 2))  # |v - T_c|^2
         blurred = (-distance / (2 * 5 * TAU**2)).log_softmax(0)  # |v|^2 is in all of them alike
         want = want + 2 * distance[c] / 15 - blurred[c]
-    torch.testing.assert_close(imitation_loss(v, concept, table), want / 2)
+    torch.testing.assert_close(names_loss(v, concept, table), want / 2)
 
 
 def test_who_has_learned_it_is_the_name():
@@ -34,7 +34,7 @@ def test_who_has_learned_it_is_the_name():
     optimizer = torch.optim.Adam([v], lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        imitation_loss(v, torch.arange(7), table).backward()
+        names_loss(v, torch.arange(7), table).backward()
         optimizer.step()
     assert (v - table).square().mean() < 0.05  # the second term holds names a little further apart than they are
     assert torch.equal(torch.cdist(v.flatten(1), table.flatten(1)).argmin(1), torch.arange(7))
