@@ -76,7 +76,7 @@ def test_each_stage_has_its_own_parts_rates_and_cosine(batches):
         assert {group["peak"] for group in optimizer.param_groups} == set(stage.rates.values())
     frozen = build_stages(replace(cfg, qformer_lr=0, lora="none", warmup="none", warmup_steps=0), model, None, None, batches, batches)
     assert [stage.rates for stage in frozen] == [{"projection": 0.1}]
-    (whole,) = build_stages(replace(cfg, init="random", warmup="none", warmup_steps=None), model, None, None, batches, batches)
+    (whole,) = build_stages(replace(cfg, init="random", warmup="none", warmup_steps=None, lora="none"), model, None, None, batches, batches)
     assert set(whole.rates) == set(EVERYTHING) and whole.muon
 
 
