@@ -6,14 +6,16 @@
 
     cfg = parse_flags(Config, argv, "What the script does.")
 
-Booleans become `--name / --no_name`. An unknown flag fails with the nearest known one; every error is one line on stderr
-and exit status 2.
+Booleans become `--name / --no_name`. An unknown flag fails with the nearest known one; every error is one line on
+stderr and exit status 2.
 """
 
 import argparse
+import builtins
 import difflib
 import os
 import sys
+from contextlib import suppress
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
@@ -65,18 +67,76 @@ def parse_flags(cls, argv: list[str], description: str):
     return cls(**vars(known))
 
 
+class _Messages:
+    """Standard error that never ends a program: what nobody can read any more (closed, a broken pipe) is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
 def run_main(main) -> None:
-    """Run a script's `main(argv)`; what the user can mend is one line on stderr and exit status 2, not a traceback."""
+    """Run a script's `main(argv)`; what the user can mend is one line on stderr and exit status 2, not a traceback.
+
+    Works with whatever stands behind stdout and stderr: a terminal, a pipe, a notebook (`%run`), or nothing (`>&-`).
+    """
+    before = sys.stderr
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # 0 to 2 closed: else the next file that is opened gets it
+        pass
+    os.close(number)
+    sys.stderr = _Messages(open(os.devnull, "w", encoding="utf-8") if before is None else before)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show Khmer must not end the program
+        if hasattr(stream, "reconfigure"):  # a notebook's stream shows everything already
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show Khmer must not end the program
+    try:
+        status = _status_of(main)
+    finally:
+        sys.stderr = before
+        _drop(before)
+    if not hasattr(builtins, "__IPYTHON__"):  # there it would be a second message below the one that says what is wrong
+        raise SystemExit(status)
+
+
+def _status_of(main) -> int:
+    """Call `main` with the words of the command line; its exit status, whatever happens in it."""
     try:
         status = main(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except SystemExit as end:  # parse_flags has said why
+        return end.code
     except BrokenPipeError:  # `python sample.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its exit
-        status = 141
+        _drop(sys.stdout)
+        return 141
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
+        if isinstance(error, OSError):  # it may be stdout itself, on a full disk
+            _drop(sys.stdout)
+        return 2
     except KeyboardInterrupt:
-        status = 130
-    raise SystemExit(status)
+        return 130
+
+
+def _drop(stream) -> None:
+    """Flush a stream, and lead it to nowhere if it does not take its text: else Python complains again at its exit."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # a stream without a number
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    except (AttributeError, ValueError):  # None, or closed
+        pass

@@ -1,9 +1,12 @@
 """sample.py as a user meets it: good pictures, bad pictures, wrong flags; never a traceback."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from make_checkpoint import write_checkpoint
 from PIL import Image
 
 import sample
+from nanomblip.data import folder as folders
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.image import ImageConfig
 from nanomblip.measure.fidelity import script_share
@@ -46,7 +50,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(weights, monkeypatch):
     monkeypatch.chdir(weights.parent.parent)
-    monkeypatch.setattr(sample, "HERE", weights.parent.parent)  # nothing shipped there
+    monkeypatch.setattr(folders, "HERE", weights.parent.parent)  # nothing shipped there
 
 
 def run(capsys, *argv):
@@ -71,7 +75,7 @@ def test_one_picture_is_one_line_and_stderr_names_the_weights(capsys):
 def test_the_newest_run_is_taken_and_without_any_it_says_what_to_run(capsys, tmp_path, monkeypatch, weights):
     assert sample.find_model("") == Path("out/run") and sample.find_model(str(weights)) == weights
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "HERE", tmp_path)
+    monkeypatch.setattr(folders, "HERE", tmp_path)
     for name in ((), ("--model", "nano")):
         status, out, err = run(capsys, "--image", CAT, *name)
         assert status == 2 and out == "" and "python train.py --lang_mix all" in err and err.count("\n") == 1
@@ -82,7 +86,7 @@ def test_the_newest_run_is_taken_and_without_any_it_says_what_to_run(capsys, tmp
 def test_a_shipped_model_answers_when_asked_for_or_when_there_is_no_run(monkeypatch, tmp_path, weights):
     (tmp_path / "weights" / "nano").mkdir(parents=True)
     (tmp_path / "weights" / "nano" / "aligned").symlink_to(weights)
-    monkeypatch.setattr(sample, "HERE", tmp_path)
+    monkeypatch.setattr(folders, "HERE", tmp_path)
     assert sample.find_model("nano") == tmp_path / "weights" / "nano" / "aligned" and sample.find_model("") == Path("out/run")
     monkeypatch.chdir(tmp_path)
     assert sample.find_model("") == tmp_path / "weights" / "nano" / "aligned"
@@ -157,15 +161,17 @@ def test_odd_prompts(capsys, prompt):
 
 def test_out_goes_through_links_and_pipes_and_takes_any_name(capsys, tmp_path):
     real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
-    real.write_text("old")
+    real.write_text("")
     link.symlink_to(real)
     assert run(capsys, "--image", CAT, "x\udcff\n.png", "--out", link, "--prompt", "hi \udcff")[0] == 1
     assert link.is_symlink() and json.loads(real.read_text())["prompt"] == "hi \udcff"
     status, _, err = run(capsys, "--image", CAT, "--out", "/dev/null")
     assert status == 0 and not Path("/dev/null").is_file()
-    for target, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.jsonl", "does not exist")):
+    (tmp_path / "mine.txt").write_text("old")
+    for target, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.jsonl", "does not exist"), (tmp_path / "mine.txt", "another file")):
         status, _, err = run(capsys, "--image", CAT, "--out", target)
-        assert status == 2 and words in err and "--out" in err and "weights" not in err  # before the model is loaded
+        assert status == 2 and words in err and "--out" in err and ("weights" not in err or target.is_file())  # before the model is loaded
+    assert (tmp_path / "mine.txt").read_text() == "old"
 
 
 @pytest.mark.parametrize("file,change,words", [
@@ -214,8 +220,6 @@ def test_damaged_weights_are_one_line(capsys, tmp_path, weights, file, damage):
 
 def test_a_terminal_without_unicode_and_a_closed_pipe_do_not_crash(weights):
     command = [sys.executable, str(ROOT / "sample.py"), "--image", CAT, CAT, "--lang", "th", "--model", str(weights)]
-    import os
-
     plain = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=plain, capture_output=True)
     assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"\n") == 2
@@ -237,12 +241,136 @@ def test_force_lang_keeps_the_answer_in_the_script_of_the_language(capsys):
     assert status == 0 and (script_share(kept, "th") or 1) > 0.9 and (script_share(free, "th") or 0) < 0.9
 
 
+# -------------------------------------------------------------------------------------------- long jobs, odd terminals
+
+
+def pictures(folder, count):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (20, 20), (i * 40 % 256, i * 70 % 256, 90)).save(folder / f"{i:03}.png")
+    return folder
+
+
+def test_what_is_answered_is_not_answered_again(capsys, tmp_path, monkeypatch):
+    asked, target = [], tmp_path / "a.jsonl"
+    real = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda model, image, prompt, **more: asked.append(len(prompt)) or real(model, image, prompt, **more))
+    argv = ["--image", pictures(tmp_path / "p", 5), CAT, CAT, "--batch", 2, "--max_new_tokens", 5, "--out", target]
+    assert run(capsys, *argv)[0] == 0 and sum(asked) == 7
+    whole = target.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    keys = {"job", "image", "lang", "prompt", "text", "texts"}
+    assert len(lines) == 7 and lines[-1] == lines[-2] and all(set(json.loads(line)) == keys for line in lines)
+    for left in (0, 1, 3, 6, 7):
+        target.write_bytes(b"".join(lines[:left]) + lines[left % 7][:30])
+        asked.clear()
+        status, out, err = run(capsys, *argv)
+        assert status == 0 and out == "" and sum(asked) == 7 - left and target.read_bytes() == whole
+        assert (f"{left} of 7 answers are in a.jsonl already" in err) == (left > 0)
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again(capsys, tmp_path):
+    folder, target = pictures(tmp_path / "p", 3), tmp_path / "a.jsonl"
+    good = (folder / "001.png").read_bytes()
+    (folder / "001.png").write_bytes(b"bad")
+    for _ in range(2):
+        status, _, err = run(capsys, "--image", folder, "--out", target)
+        assert status == 1 and "1 of 3 pictures could not be read" in err and "001.png" in err
+    (folder / "001.png").write_bytes(good)
+    assert run(capsys, "--image", folder, "--out", target)[0] == 0
+    assert sorted(Path(json.loads(line)["image"]).name for line in target.read_text().splitlines()) == ["000.png", "001.png", "002.png"]
+
+
+def test_answers_to_another_question_are_refused_in_one_line(capsys, tmp_path, weights):
+    target, other = tmp_path / "a.jsonl", tmp_path / "w"
+    assert run(capsys, "--image", CAT, "--out", target, "--model", weights)[0] == 0
+    before = target.read_bytes()
+    shutil.copytree(weights, other)
+    save_mblip(randomise(MBLIP(CFG), std=0.4, seed=1), other, image_token=8000, languages=["en", "sw", "th"])
+    for flags, words in ((["--lang", "th"], "lang 'en'"), (["--prompt", "x"], "prompt 'Caption the image in English.'"),
+                         (["--num_beams", 2], "another"), (["--force_lang"], "another"), (["--model", other], "another")):  # fmt: skip
+        status, _, err = run(capsys, "--image", CAT, "--out", target, "--model", weights, *flags)
+        assert status == 2 and words in err.splitlines()[-1] and "give another file" in err and err.count("error") == 1
+        assert target.read_bytes() == before
+    copy = tmp_path / "copy"  # the same model elsewhere is the same model
+    shutil.copytree(weights, copy)
+    assert run(capsys, "--image", CAT, "--out", target, "--model", copy)[0] == 0 and target.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_and_called_again(capsys, tmp_path, weights, number):
+    folder, target = pictures(tmp_path / "p", 40), tmp_path / "a.jsonl"
+    argv = ["--image", str(folder), "--batch", "1", "--max_new_tokens", "4", "--out", str(target), "--model", str(weights)]
+    slow = "import sample, time; g = sample.generate; sample.generate = lambda *a, **k: (time.sleep(0.1), g(*a, **k))[1]; "
+    slow += "sample.run_main(sample.main)"
+    child = subprocess.Popen([sys.executable, "-c", slow, *argv], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while (target.read_bytes().count(b"\n") if target.exists() else 0) < 3 and time.time() < deadline:
+        time.sleep(0.02)
+    child.send_signal(number)
+    err = child.communicate()[1].decode()
+    done = target.read_bytes().count(b"\n")
+    assert child.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err and 3 <= done < 40
+    assert number != signal.SIGINT or "the same command goes on" in err
+    status, _, err = run(capsys, *argv)
+    assert status == 0 and f"{done} of 40 answers are in a.jsonl already" in err
+    names = [Path(json.loads(line)["image"]).name for line in target.read_text().splitlines()]
+    assert names == [f"{i:03}.png" for i in range(40)]
+
+
+def test_a_full_disk_is_one_line_and_the_answers_before_are_kept(capsys, tmp_path):
+    resource = pytest.importorskip("resource")
+    folder, target = pictures(tmp_path / "p", 12), tmp_path / "a.jsonl"
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    argv = ["--image", folder, "--batch", 1, "--max_new_tokens", 4, "--out", target]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, old[1]))
+        status, _, err = run(capsys, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    kept = target.read_text().count("\n")
+    assert status == 2 and "make room" in err.splitlines()[-1] and err.count("error") == 1 and 2 < kept < 12
+    status, _, err = run(capsys, *argv)
+    assert status == 0 and f"{kept} of 12" in err and target.read_text().count("\n") == 12
+
+
+def test_without_stdout_it_says_so_and_with_out_it_needs_none(tmp_path, weights):
+    call = f"{sys.executable} {ROOT / 'sample.py'} --image {CAT} --model {weights} --max_new_tokens 3"
+    shell = lambda command: subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = shell(f"{call} >&-")
+    assert done.returncode == 2 and done.stderr == b"sample.py: error: stdout is closed; give --out FILE for the answers\n"
+    done = shell(f"{call} --out {tmp_path / 'a'} >&- 2>&-")
+    assert done.returncode == 0 and json.loads((tmp_path / "a").read_text())["image"] == CAT
+    done = shell(f"{call} 2>&-")
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 1 and b"sample.py" not in done.stdout
+    done = shell(f"{call} --out /dev/stdout | cat")
+    assert done.returncode == 0 and json.loads(done.stdout)["image"] == CAT
+
+
+def test_nano_says_once_what_it_knows_and_what_to_run_for_photographs(capsys, tmp_path):
+    status, out, err = run(capsys, "--image", pictures(tmp_path / "p", 3), "--batch", 1)
+    assert status == 0 and err.count("519 things") == 1 and "python sample.py --model mblip-mt0-xl" in err and "519" not in out
+
+
+def test_the_lens_goes_to_stderr_and_shows_a_token_under_each_vector(capsys, tmp_path):
+    plain = run(capsys, "--image", CAT, "--max_new_tokens", 3)
+    status, out, err = run(capsys, "--image", CAT, "--max_new_tokens", 3, "--lens", "--vision_dtype", "bf16", "--llm_dtype", "int8")
+    assert status == 0 and plain[1].count("\n") == out.count("\n") == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("    0  ")]
+    cells = line.split()[1:]
+    assert len(cells) == 2 * CFG.queries and all(-1 <= float(cosine) <= 1 for cosine in cells[1::2]) and "nearest token" in err
+    two = run(capsys, "--image", CAT, CAT, "--together", "--lens", "--max_new_tokens", 3)[2]
+    (line,) = [line for line in two.splitlines() if line.startswith("    0  ")]
+    assert len(line.split()[1:]) == 4 * CFG.queries
+
+
 # ------------------------------------------------------------------------------------------------- official weights
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """A checkpoint as it lies on the hub, as regards the tokenizer: 250,100 pieces, 250,112 rows, no image token in its config."""
+    """A checkpoint as it lies on the hub, as regards the tokenizer: 250,100 tokens, 250,112 rows, no image token in its config."""
     folder = tmp_path_factory.mktemp("official")
     write_checkpoint(folder, replace(CFG, mt5=replace(CFG.mt5, vocab=250112)), legacy=True, shard=10_000_000)
     return folder
@@ -346,8 +474,8 @@ def model_inputs(folder, question):
 
 def test_an_official_name_is_fetched_into_weights(capsys, official, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(sample, "HERE", tmp_path)
-    monkeypatch.setattr(sample, "download", lambda name, folder: asked.append((name, folder)) or official)
+    monkeypatch.setattr(folders, "HERE", tmp_path)
+    monkeypatch.setattr(folders, "download", lambda name, place: asked.append((name, place)) or official)
     status, out, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-xl", "--max_new_tokens", 2)
     assert status == 0 and asked == [("mblip-mt0-xl", tmp_path / "weights" / "mblip-mt0-xl")]
     status, _, err = run(capsys, "--image", CAT, "--model", "mblip-mt0-small")

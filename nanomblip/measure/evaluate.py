@@ -1,17 +1,20 @@
 """What a model can do: on the fixed splits of the embedded data, and on the paper's benchmarks.
 
     python -m nanomblip.measure.evaluate --model out/RUN --data emoji
-    python -m nanomblip.measure.evaluate --model weights/mblip-mt0-xl --data captions.jsonl --task xm3600 --image_root images
+    python -m nanomblip.measure.evaluate --model FOLDER --data captions.jsonl --task xm3600 --image_root images
 
-On the embedded data the question is "Caption the image in {language}." (or another of the tasks of mixture.py); an answer counts as
-right when it is the human-made name, ignoring case and outer spaces (exact match), and as in-language when it belongs to
-the requested language, right or not. The benchmarks have their own prompts, decoding and metrics (benchmarks.py).
-Languages count equally in every mean, and every mean has a bootstrap interval.
+On the embedded data the question is "Caption the image in {language}." (or another of the tasks of mixture.py); an
+answer counts as right when it is the human-made name, ignoring case and outer spaces (exact match), and as in-language
+when it belongs to the requested language, right or not. The benchmarks have their own prompts, decoding and metrics
+(benchmarks.py). What becomes of the answers is in scores.py.
+
+Every answer goes to a file beside the record as it is made (answers.py); the same command goes on with it.
 """
 
+import json
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,11 +22,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from nanomblip.data.answers import AnswerFile, fingerprint
 from nanomblip.data.decode import ImageError, load_image
 from nanomblip.data.emoji import Emoji, load_emoji
-from nanomblip.data.image import image_to_tensor
+from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.json_mixture import image_path
-from nanomblip.data.languages import LANGUAGES, parse_lang, resource_group, script_group
+from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.mixture import TASKS, Mixture
 from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.processor import load_image_config
@@ -31,41 +35,19 @@ from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.benchmarks import OUTSIDE, READERS, Item, read_benchmark
 from nanomblip.measure.emoji_splits import GREEDY, MEASUREMENTS, questions
-from nanomblip.measure.fidelity import LanguageID, language_masks, script_share
-from nanomblip.measure.metrics import (
-    above_chance,
-    caption_tokens,
-    chrf,
-    cider,
-    cider_name,
-    exact_match,
-    interval,
-    missing_segmenters,
-    relaxed_match,
-    vqa_accuracy,
-    vqa_normal,
-    yes_or_no,  # fmt: skip
-)
+from nanomblip.measure.fidelity import LanguageID, language_masks
+from nanomblip.measure.metrics import missing_segmenters
+from nanomblip.measure.scores import report, scores_of, summarise
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.model.mblip import MBLIP
 from nanomblip.training.state import pick_device
 from nanomblip.weights.files import read_json, write_json
+from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip
 
 BENCHMARKS = (*READERS, "vqav2")
-ASKED = tuple(
-    task for task in TASKS if task != "keywords" and task != "question"
-)  # of the embedded data: tasks with one right answer
-CHANCE = {
-    "choice": 1 / 3,
-    "category": 1 / 3,
-    "match": 1 / 2,
-    "exists": 1 / 2,
-    "yes_no": 1 / 2,
-    "xvnli": 1 / 3,
-    "marvl": 1 / 2,
-    "pope": 1 / 2,
-}
+CAPTIONS = ("xm3600", "xflickrco")  # those without a question
+ASKED = tuple(task for task in TASKS if task not in ("keywords", "question"))  # embedded: with one right answer
 
 
 @dataclass(frozen=True)
@@ -79,16 +61,13 @@ class Config:
     split: str = flag("pictures", "with --data emoji: which pictures and names", (*MEASUREMENTS, "validation"))
     langs: str = flag("", "languages to measure, as a list; default: all that the data and the model have")
     limit: int = flag(0, "questions a language, 0 = all; the first ones of a benchmark, by hash with --data emoji")
-    force_lang: bool = flag(False, "write only pieces that the language of the answer can use (fidelity.py)")
+    force_lang: bool = flag(False, "write only tokens that the language of the answer can use (fidelity.py)")
     paper_names: bool = flag(False, "name five languages in prompts as the paper's evaluation does, misspelt")
-    preset: str = flag(
-        "",
-        "decoding; default: caption for captions, vqa for the other benchmarks, greedy for the other tasks of --data emoji",
-        ("", *DECODING),
-    )
+    preset: str = flag("", "decoding; default: caption for captions, vqa for other benchmarks, greedy for other tasks "
+                           "of --data emoji", ("", *DECODING))  # fmt: skip
     batch: int = flag(32, "questions at a time")
     seed: int = flag(0, "of the bootstrap, and of what is drawn for the questions of --data emoji")
-    out: str = flag("", "the JSON record; default: evaluation_TASK.json in the model's folder")
+    out: str = flag("", "the JSON record, the answers beside it; default: evaluation_TASK.json in the model's folder")
     device: str = flag("auto", "auto, cpu or cuda")
 
     def __post_init__(self):
@@ -104,7 +83,7 @@ class Config:
 
 
 def emoji_items(emoji: Emoji, task: str, split: str, langs, limit: int, seed: int) -> list[Item]:
-    """Questions about embedded pictures, as (picture,) in `images`; wrong options and templates are a function of the seed.
+    """Questions about embedded pictures, as (picture,) in `images`; wrong options and templates follow from the seed.
 
     Captions are asked by EVAL_PROMPT; a language that has no text for a task (mixture.NEEDS) is left out.
     """
@@ -135,11 +114,13 @@ def write_answers(
     batch: int = 32,
     masks=None,
     progress=None,
+    keep=lambda item, text: None,
 ):
     """The model's answers to items: (texts, problems); a text is None where a picture could not be loaded.
 
-    load(name) -> float (3, size, size) or ImageError. Items are taken in an order in which those about the same pictures are
-    neighbours, so that a picture goes through the ViT about once however many languages ask for it.
+    load(name) -> float (3, size, size) or ImageError; keep(item, text) is called with every answer as it is made. Items
+    are taken in an order in which those about the same pictures are neighbours, so that a picture goes through the ViT
+    about once however many languages ask for it.
     """
     device, texts, problems = model.queries.device, [None] * len(items), {}
     features = {}  # name -> (1, N, Dv), of the last pictures only
@@ -172,132 +153,70 @@ def write_answers(
                 )
                 for i, best in zip(rows, found):
                     texts[i] = " ".join(tokenizer.decode(best[0].ids).split())
+                    keep(items[i], texts[i])
         if progress is not None:
             progress.update(len(part))
     return texts, problems
 
 
-def scores_of(
-    task: str, items: list[Item], texts: list[str], language_id: LanguageID | None
-) -> dict[str, dict[str, list[float]]]:
-    """language -> metric -> one score in 0..1 for each of its items (CIDEr: 0..10). The task decides on the metrics."""
-    rows = defaultdict(lambda: defaultdict(list))
-    answers = defaultdict(list)
-    for item, text in zip(items, texts, strict=True):
-        row, label = rows[item.lang], item.labels[0]
-        if task in ("xm3600", "xflickrco"):
-            answers[item.lang].append(
-                (caption_tokens(text, item.lang), [caption_tokens(ref, item.lang) for ref in item.labels])
-            )
-        elif task == "vqav2":
-            row["vqa_accuracy"].append(vqa_accuracy(text, list(item.labels)))
-        elif task == "maxm":
-            row["exact"].append(any(exact_match(text, ref) for ref in item.labels))
-        elif task in ("xgqa", "xvnli", "marvl", "pope"):
-            row["exact"].append(exact_match(vqa_normal(text), vqa_normal(label)))
-            row["relaxed"].append(relaxed_match(vqa_normal(text), vqa_normal(label)))
-        elif task in ("match", "exists"):
-            row["accuracy"].append(yes_or_no(text) == yes_or_no(label))
-        else:
-            row["exact"].append(exact_match(text, label))
-        if task in ("marvl", "pope"):
-            row["accuracy"].append(yes_or_no(text) == (label == "yes"))
-        if task == "pope":  # what the precision, recall and share of yes are made of
-            row["says_yes"].append(yes_or_no(text) is True)
-            row["is_yes"].append(label == "yes")
-        if item.answer_lang == item.lang and task != "vqav2" and task != "pope":
-            row["chrf"].append(max(chrf(text, ref) for ref in item.labels))
-            if item.lang in LANGUAGES:
-                row["script"].append(script_share(text, item.lang) or 0.0)
-            if language_id is not None and item.lang in language_id.unseen:
-                row["in_language"].append(language_id.is_in(text, item.lang))
-    for lang, pairs in answers.items():
-        rows[lang][cider_name(lang)] = cider(*map(list, zip(*pairs)))
-    return {lang: {name: [float(x) for x in xs] for name, xs in row.items()} for lang, row in rows.items()}
+def emoji_questions(cfg: Config, emoji: Emoji, image: ImageConfig, wanted: list[str]):
+    """Items, load and default preset for the embedded data; `load` as in `write_answers`."""
+    spoken = read_json(Path(cfg.model) / "config.json").get("languages") or emoji.langs
+    langs = [lang for lang in emoji.langs if lang in (wanted or spoken)]
+    if not langs:
+        raise ValueError(f"--langs {cfg.langs}: the embedded data have none of these")
+    if image.size != (size := emoji.pictures.shape[1]):
+        raise ValueError(f"--model {cfg.model}: its ViT wants pictures of {image.size}, the embedded ones have {size}")
+    items = emoji_items(emoji, cfg.task, cfg.split, langs, cfg.limit, cfg.seed)
+    load = lambda picture: image_to_tensor(Image.fromarray(emoji.pictures[picture]), image)
+    return items, load, DECODING["caption"] if cfg.task == "caption" else GREEDY
 
 
-def main_metric(task: str) -> str:
-    """The metric that a task is known by."""
-    if task in ("xm3600", "xflickrco"):
-        return "cider"
-    return {"vqav2": "vqa_accuracy", "pope": "accuracy", "match": "accuracy", "exists": "accuracy"}.get(task, "exact")
+def benchmark_questions(cfg: Config, image: ImageConfig, wanted: list[str]):
+    """The same for a benchmark's files."""
+    items = read_benchmark(cfg.task, cfg.data.split(","), cfg.paper_names)
+    items, seen = [item for item in items if not wanted or item.lang in wanted], Counter()
+    items = [item for item in items if not cfg.limit or (seen.update([item.lang]) or seen[item.lang] <= cfg.limit)]
+    load = lambda name: image_to_tensor(load_image(image_path(cfg.image_root, name)), image)
+    return items, load, DECODING["caption" if cfg.task in CAPTIONS else "vqa"]
 
 
-def groups_of(langs) -> dict[str, list[str]]:
-    """The rows of a result table: English, all other languages, and these by script and by resources (share of mC4)."""
-    other = [lang for lang in langs if lang != "en"]
-    groups = {"English": [lang for lang in langs if lang == "en"], "all other": other}
-    for group_of, title in ((script_group, "script"), (resource_group, "resources")):
-        inside = [lang for lang in other if lang in LANGUAGES]
-        for group in sorted({group_of(lang) for lang in inside}):
-            groups[f"{title}: {group}"] = [lang for lang in inside if group_of(lang) == group]
-    groups["outside the 96"] = [lang for lang in other if lang in OUTSIDE]
-    return {name: members for name, members in groups.items() if members}
+def about(item: Item) -> dict:
+    """What a line of the answers and of the record says of a question; it tells the question from all others."""
+    return dict(images=list(map(str, item.images)), lang=item.lang, prompt=item.prompt, labels=list(item.labels))
 
 
-def summarise(task: str, scores: dict[str, dict[str, list[float]]], seed: int = 0) -> dict:
-    """Means and 95 % intervals of every metric for every language and group, chance, and the five worst languages."""
-
-    def measured(langs):
-        names = dict.fromkeys(name for lang in langs for name in scores[lang])
-        out = dict(languages=len(langs), n=sum(max(map(len, scores[lang].values())) for lang in langs))
-        for name in names:
-            lists = [scores[lang][name] for lang in langs if scores[lang].get(name)]
-            if lists:
-                low, high = interval(lists, seed)
-                out[name] = dict(
-                    mean=sum(sum(xs) / len(xs) for xs in lists) / len(lists), low=low, high=high, languages=len(lists)
-                )
-        return out
-
-    main = main_metric(task)
-    result = dict(metric=main, chance=CHANCE.get(task), groups={name: measured(langs) for name, langs in groups_of(scores).items()},
-                  languages={lang: measured([lang]) for lang in scores})  # fmt: skip
-    ranked = [lang for lang in scores if main in result["languages"][lang]]
-    result["worst"] = sorted(ranked, key=lambda lang: (result["languages"][lang][main]["mean"], lang))[:5]
-    if task == "pope":
-        says, true = scores["en"]["says_yes"], scores["en"]["is_yes"]
-        right = sum(a * b for a, b in zip(says, true))
-        precision, recall = right / max(1, sum(says)), right / max(1, sum(true))
-        result["pope"] = dict(
-            precision=precision, recall=recall, f1=2 * precision * recall / max(1e-12, precision + recall)
-        )
-    return result
+def key_of(row: dict) -> str:
+    return json.dumps([row[name] for name in ("images", "lang", "prompt", "labels")])
 
 
-def report(result: dict) -> str:
-    """A summary for people: a row a group, in percent (CIDEr times 100) with intervals, then the worst five languages."""
-    main = result["metric"]
-    first = [name for name in (main, "cider_characters") if any(name in row for row in result["groups"].values())]
-    names = first + sorted({n for row in result["groups"].values() for n in row} - {*first, "languages", "n"})
-    percent = lambda cell: f"{100 * cell['mean']:.1f}" if cell else "-"
-    shown = lambda cell, wide: (
-        percent(cell) + (f" [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]" if cell and wide else "")
-    )
-    table = [["language group", "languages", "n", *(name.replace("_", " ") for name in names)]]
-    rows = list(result["groups"].items())
-    rows += [
-        (f"worst: {LANGUAGES[lang].name if lang in LANGUAGES else OUTSIDE[lang]}", result["languages"][lang])
-        for lang in result["worst"]
-    ]
-    for title, row in rows:
-        table.append(
-            [title, str(row["languages"]), f"{row['n']:,}", *(shown(row.get(name), name in first) for name in names)]
-        )
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in table
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    if result["chance"] is not None and "all other" in result["groups"]:
-        share = above_chance(result["groups"]["all other"][main]["mean"], result["chance"])
-        lines.append(
-            f"chance is {100 * result['chance']:.1f}; all other languages are {100 * share:.1f} % of the way from there to 100"
-        )
-    if "pope" in result:
-        lines.append("yes: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in result["pope"].items()))
-    return "\n".join(lines)
+def answer_all(
+    cfg: Config, answers: AnswerFile, job: dict, finished: str | None, parts: tuple, items, load, decoding, masks
+):
+    """The texts to items, None where a picture could not be used, and the problems; first those that are known."""
+    model, tokenizer = parts
+    known = dict(answers.begin(job, lambda row: (key_of(row), row["answer"]), finished))
+    todo = [item for item in items if key_of(about(item)) not in known]
+    if len(todo) < len(items):
+        name = answers.path.name
+        print(f"evaluate: {len(items) - len(todo)} of {len(items)} answers are in {name} already", file=sys.stderr)
+
+    def keep(item, text):
+        answers.add(**about(item), answer=text)
+        known[key_of(about(item))] = text
+
+    with tqdm(total=len(items), initial=len(items) - len(todo), unit="question", desc=cfg.task, leave=False) as bar:
+        _, problems = write_answers(model, tokenizer, todo, load, decoding, cfg.batch, masks, bar, keep)
+    return [known.get(key_of(about(item))) for item in items], problems
+
+
+def finished_job(record: Path, answers: Path) -> str | None:
+    """The job of an earlier record, if it counts all the answers: they may be replaced, like the record itself."""
+    try:
+        old = read_json(record)["answers"]
+        return old["job"] if old["bytes"] == answers.stat().st_size else None
+    except (WeightsError, LookupError, TypeError):  # no record, a damaged or an older one
+        return None
 
 
 def main(argv: list[str]) -> int:
@@ -305,64 +224,49 @@ def main(argv: list[str]) -> int:
     folder, device = Path(cfg.model), pick_device(cfg.device)
     if not folder.is_dir():
         raise ValueError(f"--model {cfg.model}: no such folder")
+    out = Path(cfg.out or folder / f"evaluation_{cfg.task}.json")
+    if out.exists() and not out.is_file():
+        raise ValueError(f"--out {out}: is a folder or a device, not a file")
     emoji = load_emoji("core")
     tokenizer = Tokenizer(folder / "spiece.model")
     image = load_image_config(folder)
     wanted = [w if w in OUTSIDE else parse_lang(w) for w in cfg.langs.split(",") if w.strip()]
-
-    # Questions.
     if cfg.data == "emoji":
-        spoken = read_json(folder / "config.json").get("languages") or emoji.langs
-        langs = [lang for lang in emoji.langs if lang in (wanted or spoken)]
-        if not langs:
-            raise ValueError(f"--langs {cfg.langs}: the embedded data have none of these")
-        if image.size != emoji.pictures.shape[1]:
-            raise ValueError(
-                f"--model {cfg.model}: its ViT wants pictures of {image.size}, the embedded ones have {emoji.pictures.shape[1]}"
-            )
-        items = emoji_items(emoji, cfg.task, cfg.split, langs, cfg.limit, cfg.seed)
-        load = lambda picture: image_to_tensor(Image.fromarray(emoji.pictures[picture]), image)
-        decoding = DECODING[cfg.preset] if cfg.preset else DECODING["caption"] if cfg.task == "caption" else GREEDY
+        items, load, decoding = emoji_questions(cfg, emoji, image, wanted)
     else:
-        items = read_benchmark(cfg.task, cfg.data.split(","), cfg.paper_names)
-        items = [item for item in items if not wanted or item.lang in wanted]
-        seen = Counter()
-        items = [item for item in items if not cfg.limit or (seen.update([item.lang]) or seen[item.lang] <= cfg.limit)]
-        load = lambda name: image_to_tensor(load_image(image_path(cfg.image_root, name)), image)
-        decoding = DECODING[cfg.preset or ("caption" if cfg.task in ("xm3600", "xflickrco") else "vqa")]
+        items, load, decoding = benchmark_questions(cfg, image, wanted)
     if not items:
         raise ValueError(f"no question is left for --task {cfg.task} in --langs {cfg.langs or 'of the model'}")
-    langs = list(dict.fromkeys(item.lang for item in items))
-    masks = None
+    decoding, masks = DECODING[cfg.preset] if cfg.preset else decoding, None
     if cfg.force_lang:
-        outside = sorted({item.answer_lang for item in items} & set(OUTSIDE))
-        if outside:
+        if outside := sorted({item.answer_lang for item in items} & set(OUTSIDE)):
             raise ValueError(f"--force_lang: nothing is known of {', '.join(outside)}; choose others by --langs")
         masks = language_masks(tokenizer, {item.answer_lang for item in items}, emoji)
-        decoding = replace(
-            decoding, min_new_tokens=max(1, decoding.min_new_tokens)
-        )  # else silence is the easiest way to obey
-    if cfg.task in ("xm3600", "xflickrco") and (message := missing_segmenters(langs)):
+        # Else silence is the easiest way to obey.
+        decoding = replace(decoding, min_new_tokens=max(1, decoding.min_new_tokens))
+    if cfg.task in CAPTIONS and (message := missing_segmenters(list(dict.fromkeys(item.lang for item in items)))):
         print(f"evaluate: {message}", file=sys.stderr)
 
-    # Answers and scores.
-    model = load_mblip(folder).to(device).eval()
-    with tqdm(total=len(items), unit="question", desc=cfg.task, leave=False) as bar:
-        texts, problems = write_answers(model, tokenizer, items, load, decoding, cfg.batch, masks, bar)
+    with AnswerFile(out.with_name(out.name.removesuffix(".json") + ".answers.jsonl")) as answers:
+        finished = finished_job(out, answers.path)
+        model = load_mblip(folder)
+        job = dict(model=fingerprint(model, tokenizer, image), decoding=asdict(decoding), force_lang=cfg.force_lang,
+                   image_root=cfg.image_root)  # fmt: skip
+        parts = model.to(device).eval(), tokenizer
+        texts, problems = answer_all(cfg, answers, job, finished, parts, items, load, decoding, masks)
+        counted = dict(job=answers.job, bytes=answers.path.stat().st_size)
     kept = [(item, text) for item, text in zip(items, texts) if text is not None]
     if not kept:
-        raise ValueError(
-            f"--image_root {cfg.image_root}: not one picture could be used, the first: {next(iter(problems.values()))}"
-        )
-    language_id = LanguageID(emoji.names) if cfg.task in (*ASKED, "xm3600", "xflickrco", "maxm") else None
+        first = next(iter(problems.values()))
+        raise ValueError(f"--image_root {cfg.image_root}: not one picture could be used, the first: {first}")
+    language_id = LanguageID(emoji.names) if cfg.task in (*ASKED, *CAPTIONS, "maxm") else None
     result = summarise(cfg.task, scores_of(cfg.task, *map(list, zip(*kept)), language_id), cfg.seed)
+    samples = [dict(**about(item), answer=text) for item, text in kept[:: max(1, len(kept) // 20)]][:20]
+    write_json(out, dict(config=asdict(cfg), decoding=asdict(decoding), questions=len(items), answered=len(kept),
+                         torch=torch.__version__, answers=counted, unusable_pictures=dict(list(problems.items())[:100]),
+                         **result, samples=samples))  # fmt: skip
     print(report(result))
-    out = Path(cfg.out or folder / f"evaluation_{cfg.task}.json")
-    samples = [dict(images=list(map(str, item.images)), lang=item.lang, prompt=item.prompt, labels=list(item.labels), answer=text)
-               for item, text in kept[:: max(1, len(kept) // 20)]]  # fmt: skip
-    write_json(out, dict(config=asdict(cfg), decoding=asdict(decoding), questions=len(items), answered=len(kept), torch=torch.__version__,
-                         unusable_pictures=dict(list(problems.items())[:100]), **result, samples=samples[:20]))  # fmt: skip
-    print(f"every language and {min(20, len(samples))} answers: {out}", file=sys.stderr)
+    print(f"every language and {len(samples)} answers: {out}, all answers: {answers.path.name}", file=sys.stderr)
     for problem in list(problems.values())[:10]:
         print(f"evaluate: {problem}", file=sys.stderr)
     if problems:

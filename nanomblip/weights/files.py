@@ -3,9 +3,11 @@
 Nothing is ever unpickled.
 """
 
+import errno
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,6 +60,36 @@ def open_safetensors(path: Path):
         ) from None
 
 
+def sync(file: int) -> None:
+    """Bring the bytes of an open file to the disk (fsync), where the file system can; OSError if the disk refuses."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # the bytes are not there; every other reason only says that this file system has no fsync
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished file its real name in one step, its bytes on the disk before. Raises OSError."""
+    with open(temporary, "rb+") as file:
+        sync(file.fileno())
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device, not a file to replace")
+    try:
+        os.replace(temporary, path)
+    except PermissionError as error:  # Windows: somebody reads the old one
+        raise PermissionError(
+            f"{path}: cannot be replaced ({error.strerror}); close what has it open, or allow writing in its folder"
+        ) from None
+    # The new name itself. A nicety: the file is there, and many file systems (and Windows) cannot sync a folder.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def write_atomic(path: Path, write) -> None:
     """Let `write(temporary path)` make a file, then put it in place of `path` in one step.
 
@@ -68,17 +100,12 @@ def write_atomic(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o644)  # safetensors makes its files readable by their owner only
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with suppress(OSError):  # not every file system has permissions
+            temporary.chmod(0o644)  # safetensors makes its files readable by their owner only
+        put_in_place(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name itself
-    finally:
-        os.close(directory)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -103,7 +130,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 
 def digest(tensors: dict) -> str:
-    """sha256 over names, types, shapes and bytes of tensors (or of functions that read one), in the order of their names."""
+    """sha256 over names, types, shapes and bytes of tensors (or of functions that read one), ordered by name."""
     sha = hashlib.sha256()
     for key in sorted(tensors):
         t = tensors[key]() if callable(tensors[key]) else tensors[key]
@@ -113,19 +140,31 @@ def digest(tensors: dict) -> str:
     return sha.hexdigest()
 
 
-class RunLock:
-    """Holds a run's folder for this process, as long as the object lives; ValueError when another process has it.
+def lock(file: int) -> None:
+    """Lock an open file or folder for this process; BlockingIOError when another process has it.
 
-    The kernel gives the lock back when a process ends, however it ends. Without `fcntl` (Windows) nothing is locked.
+    The kernel gives the lock back when the file is closed or the process ends, however it ends. Where there are no
+    locks (Windows, some network file systems) nothing is locked.
     """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError("locked by another process") from None
+
+
+class RunLock:
+    """Holds a run's folder for this process, as long as the object lives; ValueError when another process has it."""
 
     def __init__(self, folder: Path):
         self.file = None
-        if fcntl is not None:
+        if fcntl is not None:  # Windows cannot even open a folder
             self.file = os.open(folder, os.O_RDONLY)
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock(self.file)
+            except BlockingIOError:
                 raise ValueError(f"{folder}: another process is at work in this run; wait for it or stop it") from None
 
     def __del__(self):

@@ -1,14 +1,15 @@
-"""Official weights from the Hugging Face hub, politely: once, in pieces that survive an interruption, and checked.
+"""Official weights from the Hugging Face hub, politely: once, in parts that survive an interruption, and checked.
 
-    GET {endpoint}/api/models/{repository}/revision/{revision}?blobs=true    the commit, and of each file its size and hash
-    GET {endpoint}/{repository}/resolve/{commit}/{file}                      its bytes, behind a redirect to a storage host
+    GET {endpoint}/api/models/{repository}/revision/{revision}?blobs=true    the commit; size and hash of each file
+    GET {endpoint}/{repository}/resolve/{commit}/{file}                      its bytes, behind a redirect
 
-Only what is needed is fetched: config, tokenizer, picture settings and safetensors. A file grows under a temporary name that
-carries its hash; when the connection is cut, or the process, the next request asks for the rest (`Range`). It gets its real name only
-when size and hash (sha256 of large files, git's sha1 of small ones) are those that the hub promised. `sha256.json` is written last; from
-then on nothing is asked of the network.
+Only what is needed is fetched: config, tokenizer, picture settings and safetensors. A file grows under a temporary name
+that carries its hash; when the connection is cut, or the process, the next request asks for the rest (`Range`). It gets
+its real name only when size and hash (sha256 of large files, git's sha1 of small ones) are those that the hub promised.
+`sha256.json` is written last; from then on nothing is asked of the network.
 
-HF_ENDPOINT names a mirror, HF_TOKEN goes to that host and to no other, with HF_HUB_OFFLINE=1 nothing is asked at all.
+HF_ENDPOINT names a mirror. HF_TOKEN goes to that host and to no other, and into no message. With HF_HUB_OFFLINE=1
+nothing is asked at all.
 """
 
 import hashlib
@@ -23,11 +24,12 @@ from urllib.parse import quote
 import requests
 from tqdm import tqdm
 
-from nanomblip.weights.files import RunLock, is_plain_name
+from nanomblip.weights.files import RunLock, is_plain_name, put_in_place
 from nanomblip.weights.load import INDEX, SINGLE, weight_map
 from nanomblip.weights.records import RECORD, read_record, write_record
 
-# Name -> repository and revision. A branch can move, so the commit that it meant is kept in the record of the folder; see weights/README.md.
+# Name -> repository and revision. A branch can move, so the commit that it meant is kept in the record of the folder;
+# see weights/README.md.
 MODELS = {
     "mblip-mt0-xl": ("Gregor/mblip-mt0-xl", "main"),
     "blip2-flan-t5-xl": ("Salesforce/blip2-flan-t5-xl", "main"),
@@ -36,7 +38,7 @@ MODELS = {
 WANTED = ("config.json", "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
           "special_tokens_map.json")  # fmt: skip
 
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces; requests itself would wait for ever
+TIMEOUT = (10, 60)  # seconds to connect, and between two reads; requests itself would wait for ever
 TRIES = 6  # in a row without a new byte
 BACKOFF = 1.0  # seconds before the second try, doubled each time
 LONGEST_WAIT = 120.0  # seconds, whatever Retry-After says
@@ -48,24 +50,39 @@ class HubError(ValueError):
     """A download that did not succeed; the message names the file, what happened and what to do."""
 
 
+def _token() -> str:
+    """HF_TOKEN, or ""; HubError (which does not say it) for one that cannot be sent."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", token):  # printable ASCII
+        raise HubError("HF_TOKEN: holds a space, a line feed or another character that no token has; copy it again")
+    return token
+
+
+def _without_secrets(text: str) -> str:
+    """A message without HF_TOKEN, which servers may echo, and without names and passwords in front of hosts."""
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        for form in {token, quote(token), quote(token, safe="")}:
+            text = text.replace(form, "(HF_TOKEN)")
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 class _Token(requests.auth.AuthBase):
-    """Puts HF_TOKEN on a request (as a header alone, requests would prefer ~/.netrc); requests drops it at a redirect to another host."""
+    """Puts HF_TOKEN on a request (as a header alone, requests would prefer ~/.netrc); requests drops it at a redirect
+    to another host."""
 
     def __call__(self, request):
-        if token := os.environ.get("HF_TOKEN", "").strip():
+        if token := _token():
             request.headers["Authorization"] = f"Bearer {token}"
         return request
 
 
 def is_offline() -> bool:
-    return any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    given = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in given)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has all its weights: every file of its record, or without one (copied by hand) every file of its index."""
+    """Whether a folder has all its weights: every file of its record, or without one (copied by hand) of its index."""
     if (folder / RECORD).exists():
         return all((folder / name).is_file() for name in read_record(folder)["files"])
     if not (folder / "config.json").is_file():
@@ -75,36 +92,42 @@ def is_complete(folder: Path) -> bool:
 
 
 def download(name: str, folder: Path, skip: str | None = None) -> Path:
-    """Make `folder` hold the official model `name` (one of MODELS, or owner/repository, or owner/repository@revision); returns it.
+    """Make `folder` hold an official model; returns it.
 
-    skip: a shard that holds only keys starting with this is left out ("language_model." when only the ViT and the Q-Former are of use).
-    Does nothing when the folder is complete. Raises HubError.
+    name: one of MODELS, or owner/repository, or owner/repository@revision. skip: a shard that holds only keys starting
+    with this is left out ("language_model." when only the ViT and the Q-Former are of use).
+    Does nothing when the folder is complete. Raises HubError, in one line and without HF_TOKEN.
     """
     folder = Path(folder)
-    if is_complete(folder):
+    try:
+        if not is_complete(folder):
+            _download(name, folder, skip)
         return folder
+    except ValueError as error:
+        problem = _without_secrets(" ".join(str(error).split()))
+    raise HubError(problem)  # not inside `except`: what requests raises holds the request with its headers
+
+
+def _download(name: str, folder: Path, skip: str | None) -> None:
+    """`download` into a folder that is not complete."""
     repository, _, revision = name.partition("@")
     repository, pinned = MODELS.get(repository, (repository, "main"))
     revision = asked = revision or pinned
-    if (
-        not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository)
-        or not re.fullmatch(r"[\w-][\w./-]*", revision)
-        or ".." in revision
-    ):
+    plain = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and re.fullmatch(r"[\w-][\w./-]*", revision)
+    if not plain or ".." in revision:
         raise HubError(f"{name!r}: not the name of a model; give {', '.join(MODELS)} or owner/repository@revision")
     if is_offline():
-        raise HubError(
-            f"{folder}: not complete, and HF_HUB_OFFLINE forbids to download {repository}; unset it, or copy the files there"
-        )
-    if (
-        folder / RECORD
-    ).exists():  # some of its files were deleted: they come back as they were, wherever the branch is now
+        way_out = "unset it, or copy the files there"
+        raise HubError(f"{folder}: not complete, and HF_HUB_OFFLINE forbids to download {repository}; {way_out}")
+    if (folder / RECORD).exists():
+        # Some of its files were deleted: they come back as they were, wherever the branch is now.
         source = read_record(folder)["source"]
         if (source.get("repository"), source.get("revision")) == (repository, revision):
             revision = source["commit"]
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co").rstrip("/")
     if not endpoint.startswith(("https://", "http://")):
         raise HubError(f"HF_ENDPOINT={endpoint}: must start with https:// or http://")
+    _token()
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -116,41 +139,53 @@ def download(name: str, folder: Path, skip: str | None = None) -> Path:
             session.auth = _Token()
             session.headers.update({"User-Agent": "nanomblip", "Accept-Encoding": "identity"})
             commit, offered = _list_files(session, endpoint, repository, revision)
-            where = f"{endpoint}/{repository}/resolve/{commit}"
-            files = {}
-            get = lambda name: files.update(
-                {name: _fetch(session, f"{where}/{quote(name)}", folder, name, *offered[name])}
-            )
-            for small in (*WANTED, INDEX):
-                if small in offered:
-                    if offered[small][0] > LARGEST_JSON:
-                        raise HubError(f"{repository}: {small} has {offered[small][0]:,} bytes, which cannot be right")
-                    get(small)
-            for shard in (shards := _shards(folder, repository, offered, skip)):
-                left = sum(offered[s][0] - _have(folder, s, offered[s][1]) for s in shards if s not in files)
-                if left > (free := shutil.disk_usage(folder).free):
-                    raise HubError(
-                        f"{folder}: {left / 1e9:.1f} GB are still to come and {free / 1e9:.1f} GB are free; make room, then try again"
-                    )
-                get(shard)
+            files = _fetch_all(session, f"{endpoint}/{repository}/resolve/{commit}", folder, repository, offered, skip)
         write_record(folder, files, dict(repository=repository, revision=asked, commit=commit))
     finally:
         del lock  # else it would live as long as the traceback of an error
-    return folder
+
+
+def _fetch_all(session, where: str, folder: Path, repository: str, offered: dict, skip: str | None) -> dict[str, str]:
+    """Fetch the small files, then the shards if there is room for them; name -> sha256 of each."""
+    files = {}
+    for small in (*WANTED, INDEX):
+        if small in offered:
+            if offered[small][0] > LARGEST_JSON:
+                raise HubError(f"{repository}: {small} has {offered[small][0]:,} bytes, which cannot be right")
+            files[small] = _fetch(session, f"{where}/{quote(small)}", folder, small, *offered[small])
+    for shard in (shards := _shards(folder, repository, offered, skip)):
+        left = sum(offered[s][0] - _have(folder, s, offered[s][1]) for s in shards if s not in files)
+        if left > (free := _free(folder)):
+            room = f"{left / 1e9:.1f} GB are still to come and {free / 1e9:.1f} GB are free"
+            raise HubError(f"{folder}: {room}; make room, then try again")
+        files[shard] = _fetch(session, f"{where}/{quote(shard)}", folder, shard, *offered[shard])
+    return files
+
+
+def _free(folder: Path) -> float:
+    """Bytes that a disk has room for; infinite where the file system does not say (an error, or a size of 0)."""
+    try:
+        usage = shutil.disk_usage(folder)
+        return usage.free if usage.total else float("inf")
+    except OSError:
+        return float("inf")
 
 
 def _list_files(session, endpoint: str, repository: str, revision: str) -> tuple[str, dict[str, tuple[int, str]]]:
-    """The commit that a revision means, and its files: name -> size and hash, 64 hex digits of sha256 or 40 of git's sha1."""
+    """The commit that a revision means, and its files: name -> size and hash (64 hex digits of sha256, 40 of git's)."""
     url = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
     reply = _with_patience(lambda: _get_json(session, url), f"{repository}@{revision}")
     try:
         commit = reply["sha"]
-        files = {f["rfilename"]: (f["lfs"]["size"], f["lfs"]["sha256"]) if f.get("lfs") else (f["size"], f["blobId"])
-                 for f in reply["siblings"]}  # fmt: skip
-        # Names with a slash are files in subfolders, of which none is needed.
-        files = {name: entry for name, entry in files.items() if is_plain_name(name)}
+        files = {}
+        for file in reply["siblings"]:
+            if is_plain_name(file["rfilename"]):  # with a slash: in a subfolder, of which none is needed
+                lfs = file.get("lfs")
+                files[file["rfilename"]] = (lfs["size"], lfs["sha256"]) if lfs else (file["size"], file["blobId"])
         fits = re.fullmatch("[0-9a-f]{40}", commit) and all(
-            type(size) is int and size >= 0 and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) for size, digest in files.values())  # fmt: skip
+            type(size) is int and size >= 0 and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest)
+            for size, digest in files.values()
+        )
     except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
@@ -168,20 +203,17 @@ def _shards(folder: Path, repository: str, offered: dict, skip: str | None) -> l
         keys_of = {}
         for key, shard in weight_map(folder / INDEX).items():
             keys_of.setdefault(shard, []).append(key)
-        shards = sorted(
-            s for s, keys in keys_of.items() if skip is None or not all(key.startswith(skip) for key in keys)
-        )
+        wanted = lambda keys: skip is None or not all(key.startswith(skip) for key in keys)
+        shards = sorted(shard for shard, keys in keys_of.items() if wanted(keys))
         if absent := [s for s in shards if s not in offered]:
             raise HubError(f"{repository}: its index names {absent[0]}, which is not there")
         return shards
     if SINGLE in offered:
         return [SINGLE]
     pickles = sorted(name for name in offered if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    found = (
-        f"only {pickles[0]}, a pickle, which can run code when opened and is never read" if pickles else "no weights"
-    )
-    raise HubError(f"{repository}: {found}; make safetensors of it with transformers (from_pretrained, then save_pretrained, into "
-                   f"{folder}), or give a revision that has them, as in {repository}@refs/pr/1")  # fmt: skip
+    found = f"only {pickles[0]}, a pickle, which can run code and is never read" if pickles else "no weights"
+    convert = f"make safetensors of it with transformers (from_pretrained, then save_pretrained, into {folder})"
+    raise HubError(f"{repository}: {found}; {convert}, or give a revision that has them, as in {repository}@refs/pr/1")
 
 
 def _part(folder: Path, name: str, digest: str) -> Path:
@@ -195,7 +227,7 @@ def _have(folder: Path, name: str, digest: str) -> int:
 
 
 class _Hash:
-    """The hash that the hub gives for a file (git's sha1 of "blob <size>\\0" + content, or sha256), and always our own sha256."""
+    """The hash that the hub gives for a file (git's sha1 of "blob <size>\\0" + content, or sha256), and our sha256."""
 
     def __init__(self, size: int, digest: str):
         self.own, self.git = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode()) if len(digest) == 40 else None
@@ -229,9 +261,7 @@ def _fetch(session, url: str, folder: Path, name: str, size: int, digest: str) -
         sha = _with_patience(
             lambda: _rest(session, url, part, size, digest, bar), name, lambda: _have(folder, name, digest)
         )
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    put_in_place(part, path)
     return sha
 
 
@@ -264,10 +294,8 @@ def _rest(session, url: str, part: Path, size: int, digest: str, bar) -> str:
             raise
         with reply:
             if have and not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                sha, have = (
-                    _Hash(size, digest),
-                    0,
-                )  # 200, or another place: the range was ignored, this is the file from its start
+                # 200, or another place: the range was ignored, this is the file from its start.
+                sha, have = _Hash(size, digest), 0
                 if reply.status_code == 206:
                     raise _Again("the server sent another part than the one asked for")
                 bar.n = 0
@@ -291,33 +319,36 @@ def _rest(session, url: str, part: Path, size: int, digest: str, bar) -> str:
 
 
 def _get_json(session, url: str):
+    copy = "is HF_ENDPOINT a copy of the hub"
     with _open(session, url, {}) as reply:
         text = b""
         for data in reply.iter_content(CHUNK):
             text += data
             if len(text) > LARGEST_JSON:
-                raise HubError(
-                    f"{url}: the answer has more than {LARGEST_JSON:,} bytes; is HF_ENDPOINT a copy of the hub?"
-                )
+                raise HubError(f"{url}: the answer has more than {LARGEST_JSON:,} bytes; {copy}?")
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise HubError(
-                f"{url}: the answer is not JSON; is HF_ENDPOINT a copy of the hub, or does a login page stand in between?"
-            ) from None
+            raise HubError(f"{url}: the answer is not JSON; {copy}, or is a login page in between?") from None
 
 
 def _open(session, url: str, headers: dict):
-    """Send a request and look at its status: a reply with a body worth reading, _Again, or HubError for what will not change."""
-    reply = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    """Send a request and look at its status: a reply with a body worth reading, _Again, or HubError for what stays."""
+    try:
+        reply = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except (OSError, ValueError) as error:  # requests.RequestException is an OSError
+        if _may_pass(error):
+            raise
+        advice = (
+            "pip install PySocks" if "SOCKS" in str(error) else "HF_ENDPOINT, the proxy or the certificates are wrong"
+        )
+        raise HubError(f"{url}: {_short(error)}; {advice}") from None
     status = reply.status_code
     if status in (200, 206) and reply.headers.get("Content-Encoding", "identity") == "identity":
         return reply
     reply.close()
     if status in (401, 403):
-        token = (
-            "HF_TOKEN is not accepted" if os.environ.get("HF_TOKEN", "").strip() else "it wants a token: set HF_TOKEN"
-        )
+        token = "HF_TOKEN is not accepted" if _token() else "it wants a token: set HF_TOKEN"
         raise HubError(f"{url}: {status}, {token}; or the name is wrong, which the hub does not tell apart")
     if status in (404, 410):
         raise HubError(f"{url}: {status}, no such repository, revision or file")
@@ -328,25 +359,42 @@ def _open(session, url: str, headers: dict):
     raise HubError(f"{url}: status {status}")
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: what the network does passes, what was set up wrongly stays.
+
+    requests says a ValueError for what it cannot even try (an address, a scheme, SOCKS without PySocks), and an OSError
+    of another kind for files of certificates that are not there.
+    """
+    if isinstance(error, (ValueError, requests.exceptions.TooManyRedirects)):
+        return False
+    if isinstance(error, requests.exceptions.SSLError):  # a certificate, another protocol; EOF: cut
+        return "EOF" in str(error)
+    if isinstance(error, requests.exceptions.ProxyError):  # a login is missing, or the host is forbidden
+        return not re.search(r"Tunnel connection failed: 4\d\d", str(error))
+    return isinstance(error, requests.RequestException)
+
+
+def _short(error: Exception) -> str:
+    """What went wrong, in one line: urllib3 puts the cause behind the address."""
+    text = _without_secrets(" ".join(str(error).split()))  # before it is cut: half a token is a secret too
+    return text[text.find("(Caused by") + 1 :][:250]
+
+
 def _with_patience(request, what: str, progress=lambda: 0):
-    """Call `request` until it succeeds. HubError when the bytes that `progress()` counts did not grow in TRIES calls in a row, or were
-    thrown away TRIES times."""
+    """Call `request` until it succeeds. HubError when the bytes that `progress()` counts did not grow in TRIES calls in
+    a row, or were thrown away TRIES times."""
     idle, thrown, before = 0, 0, progress()
     while True:
         try:
             return request()
         except (_Again, requests.RequestException) as error:
-            reason, wait = " ".join(str(error).split())[:200], getattr(error, "wait", 0.0)
-            if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects)):
-                raise HubError(f"{what}: {reason}") from None
+            reason, wait = _short(error), getattr(error, "wait", 0.0)
         except OSError as error:
-            raise HubError(
-                f"{what}: cannot be written ({error}); what came so far is kept, try again when there is room"
-            ) from None
+            kept = "what came so far is kept, try again when there is room"
+            raise HubError(f"{what}: cannot be written ({error}); {kept}") from None
         now = progress()
         idle, thrown, before = 0 if now > before else idle + 1, thrown + (now < before), now
         if max(idle, thrown) >= TRIES:
-            raise HubError(
-                f"{what}: given up after {TRIES} tries in vain, the last: {reason}; what came so far is kept, try again later"
-            )
+            kept = "what came so far is kept, try again later"
+            raise HubError(f"{what}: given up after {TRIES} tries in vain, the last: {reason}; {kept}")
         time.sleep(min(max(wait, BACKOFF * 2 ** max(0, idle - 1)), LONGEST_WAIT))

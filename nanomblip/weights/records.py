@@ -1,10 +1,11 @@
 """sha256.json: what is known of the files of a folder, so that damage is noticed.
 
-A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is known (files that
-hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.
+A bit that flips in a file of floats is not seen, unless it makes a number that is not finite. Where the sha256 is known
+(files that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed before it is used.
 """
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from nanomblip.weights.files import is_plain_name, read_json, write_json
@@ -17,8 +18,10 @@ def read_record(folder: Path) -> dict:
     """What is known of the files of a folder: {"source": ..., "files": {name: {"size", "sha256", "mtime_ns"}}}."""
     record = read_json(folder / RECORD)
     files = record.get("files") if isinstance(record, dict) else None
-    if not (isinstance(files, dict) and all(is_plain_name(name) and isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
-                                            for name, entry in files.items())):  # fmt: skip
+    if not isinstance(files, dict) or not all(
+        is_plain_name(name) and isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
+        for name, entry in files.items()
+    ):
         raise WeightsError(
             f"{folder / RECORD}: not a list of files with size, sha256 and mtime_ns; delete it if you trust the files"
         )
@@ -55,13 +58,10 @@ def check_record(folder: Path) -> None:
             while data := file.read(1 << 20):
                 sha.update(data)
         if sha.hexdigest() != entry["sha256"]:
-            raise WeightsError(
-                f"{path}: does not have the sha256 of {RECORD}, so it was changed or damaged; delete it and get it again"
-            )
+            damage = f"does not have the sha256 of {RECORD}, so it was changed or damaged"
+            raise WeightsError(f"{path}: {damage}; delete it and get it again")
         changed = True
     if changed:
-        write_record(
-            folder,
-            {name: entry["sha256"] for name, entry in record["files"].items() if (folder / name).is_file()},
-            record["source"],
-        )
+        known = {name: entry["sha256"] for name, entry in record["files"].items() if (folder / name).is_file()}
+        with suppress(OSError):  # a folder that cannot be written: the next time they are hashed again
+            write_record(folder, known, record["source"])

@@ -1,17 +1,27 @@
 """The measurements themselves, on answers whose score is known."""
 
+import json
+import os
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import randomise
+from PIL import Image
 
 from nanomblip.data.emoji import ROOT, load_emoji, pair_split, picture_split
 from nanomblip.data.image import ImageConfig, array_to_tensor
 from nanomblip.data.languages import script_group
 from nanomblip.data.tokenizer import Tokenizer
+from nanomblip.measure import evaluate
 from nanomblip.measure.emoji_splits import MEASUREMENTS, answer, pick_examples, questions, score, table
 from nanomblip.measure.fidelity import LanguageID
 from nanomblip.measure.metrics import normal
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.model.mblip import MBLIP, PRESETS
+from nanomblip.weights.files import write_json
+from nanomblip.weights.save import save_mblip
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +103,109 @@ def test_examples_take_turns_over_scripts(emoji):
     chosen = pick_examples(emoji, items, ["x"] * len(items))
     assert len(chosen) == 12 and chosen[0]["lang"] == "en"
     assert len({script_group(e["lang"]) for e in chosen}) >= 6
+
+
+# ------------------------------------------------------------------------------------------------- the long command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    nano, path = PRESETS["nano"], tmp_path_factory.mktemp("model")
+    small = replace(nano, vit=replace(nano.vit, width=16, layers=1, heads=2, mlp=16), queries=2,
+                    qformer=replace(nano.qformer, width=16, layers=1, heads=2, mlp=16, vision_width=16),
+                    mt5=replace(nano.mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1))  # fmt: skip
+    save_mblip(randomise(MBLIP(small), std=0.4), path, image_token=8000)
+    write_json(path / "preprocessor_config.json", ImageConfig(size=64).to_hf())
+    (path / "spiece.model").write_bytes((ROOT / "spiece.model").read_bytes())
+    return path
+
+
+@pytest.fixture
+def run(capsys, emoji, language_id, monkeypatch):
+    """(exit status, stdout, stderr, number of questions that the model was asked) of one call."""
+
+    def call(*argv, stop_after=None):
+        asked = []
+
+        def slow(model, image, prompt, **more):
+            if stop_after is not None and len(asked) >= stop_after:
+                raise KeyboardInterrupt
+            asked.append(len(prompt))
+            return generate(model, image, prompt, **more)
+
+        monkeypatch.setattr(evaluate, "load_emoji", lambda concepts: emoji)
+        monkeypatch.setattr(evaluate, "LanguageID", lambda names: language_id)
+        monkeypatch.setattr(evaluate, "generate", slow)
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            evaluate.run_main(evaluate.main)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return end.value.code, out, err, sum(asked)
+
+    return call
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, folder, tmp_path):
+    flags = ["--model", folder, "--langs", "th,ta", "--limit", 10, "--batch", 4, "--preset", "greedy", "--out"]
+    status, report, _, asked = run(*flags, tmp_path / "whole.json")
+    assert status == 0 and asked == 20
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "whole.answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and {line["job"] for line in lines} == {whole["answers"]["job"]}
+    assert set(lines[0]) == {"job", "images", "lang", "prompt", "labels", "answer"}
+
+    out = tmp_path / "r.json"
+    status, _, err, asked = run(*flags, out, stop_after=2)
+    assert status == 130 and asked == 8 and not out.exists() and "8 answers added; the same command goes on" in err
+    with open(tmp_path / "r.answers.jsonl", "ab") as file:
+        file.write(b'{"job": "')
+    status, again, err, asked = run(*flags, out)
+    assert status == 0 and asked == 12 and "8 of 20 answers are in r.answers.jsonl already" in err and again == report
+    record = json.loads(out.read_text())
+    whole["config"]["out"] = record["config"]["out"]
+    assert record == whole
+    assert run(*flags, out)[3] == 0 and json.loads(out.read_text()) == record  # all is there
+    more = run(*flags[:3], "th,ta,hi", *flags[4:], out)
+    assert more[0] == 0 and more[3] == 10  # other languages of the same job: only these are asked for
+
+
+def test_unfinished_answers_of_another_job_are_kept_and_finished_ones_replaced(run, folder, tmp_path):
+    out, answers = tmp_path / "r.json", tmp_path / "r.answers.jsonl"
+    flags = ["--model", folder, "--langs", "th", "--limit", 6, "--batch", 2, "--preset", "greedy", "--out", out]
+    run(*flags, stop_after=1)
+    before = answers.read_bytes()
+    status, _, err, asked = run(*flags, "--force_lang")
+    assert status == 2 and asked == 0 and "made with another" in err and "r.answers.jsonl" in err and answers.read_bytes() == before
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--force_lang")[::3] == (0, 6)  # a record stood for them
+    assert answers.read_text().count("\n") == 6 and json.loads(out.read_text())["answers"]["job"] in answers.read_text()
+    run(*flags, stop_after=1)
+    assert run(*flags, "--force_lang")[0] == 2  # unfinished again, whatever the record says
+    assert run(*flags)[0] == 0
+    more = [16 if flag == 6 else flag for flag in flags]
+    assert run(*more, stop_after=1)[3] == 2 and run(*flags, "--force_lang")[0] == 2  # more of the same job, unfinished
+
+
+def test_the_place_of_the_record_is_looked_at_before_the_model(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_mblip", lambda folder: pytest.fail("the model was loaded"))
+    os.mkfifo(tmp_path / "pipe")
+    for out, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "r.json", "folder does not exist"), (tmp_path / "pipe", "a device"),
+                       ("/dev/null", "a device")):  # fmt: skip
+        status, stdout, err, _ = run("--model", folder, "--langs", "th", "--limit", 2, "--out", out)
+        assert status == 2 and stdout == "" and "--out" in err and words in err and err.count("\n") == 1
+    status, _, err, _ = run("--model", folder, "--data", tmp_path / "none.json", "--task", "pope", "--image_root", ".", "--out", tmp_path / "r.json")
+    assert status == 2 and "no such file" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe"]
+
+
+def test_a_picture_that_is_missing_is_tried_again(run, folder, tmp_path):
+    rows = [dict(image=f"{i}.png", text="Is there a cat?", label="yes") for i in range(3)]
+    (tmp_path / "pope.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", folder, "--data", tmp_path / "pope.json", "--task", "pope", "--image_root", tmp_path, "--out", tmp_path / "r.json"]
+    for i in (0, 2):
+        Image.new("RGB", (30, 30), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert run(*flags)[::3] == (1, 2) and run(*flags)[::3] == (1, 0)
+    assert json.loads((tmp_path / "r.json").read_text())["answered"] == 2
+    Image.new("RGB", (30, 30), (90, 0, 0)).save(tmp_path / "1.png")
+    assert run(*flags)[::3] == (0, 1) and json.loads((tmp_path / "r.json").read_text())["answered"] == 3

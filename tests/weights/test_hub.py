@@ -1,23 +1,29 @@
 """The downloader against a server on this machine that does everything wrong that servers do."""
 
+import errno
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+import requests
 from conftest import tiny_mblip
 
-from nanomblip.weights import hub
+from nanomblip.weights import files, hub
 from nanomblip.weights.hub import HubError, download
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip, load_vision
@@ -372,7 +378,7 @@ def test_a_revision_with_a_slash(server, tmp_path):
 
 def test_a_full_disk_keeps_what_came(server, tmp_path, monkeypatch):
     class Usage:
-        free = 50_000
+        total, free = 10**9, 50_000
 
     with monkeypatch.context() as patch:
         patch.setattr(hub.shutil, "disk_usage", lambda folder: Usage)
@@ -443,3 +449,218 @@ def test_a_file_that_was_touched_since_is_hashed(server, tmp_path):
         data[i] ^= bit
     path.write_bytes(data)
     load_mblip(folder)
+
+
+# -------------------------------------------------------------------------------------------------------- secrets
+
+TOKEN = "hf_" + "Zx9+/kQ" * 5
+
+
+def everything_of(error: BaseException) -> str:
+    """All that any printer of tracebacks could show of an error: itself, and what it is chained to, suppressed or not."""
+    text, seen = "", set()
+    todo = [error]
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        text += "".join(traceback.format_exception(one, chain=False)) + repr(one) + repr(one.__dict__)
+        todo += [one.__cause__, one.__context__]
+    return text
+
+
+def secrets_in(text: str) -> list[str]:
+    return [form for form in (TOKEN, quote(TOKEN), quote(TOKEN, safe=""), TOKEN[3:15], "hunter2") if form in text]
+
+
+def echo(*parts):
+    """What the server was given, where it should not say it."""
+
+    def fault(server, handler, name, data):
+        given = handler.headers.get("Authorization", "")
+        if "body" in parts:
+            return server.reply(handler, 403, given.encode()) or True
+        if "reason" in parts:
+            handler.send_response(418, given)
+            handler.end_headers()
+            handler.close_connection = True
+            return True
+        return server.reply(handler, 302, Location=parts[0].format(token=quote(given.removeprefix("Bearer ")))) or True
+
+    return fault
+
+
+def cut_then_refuse(server, handler, name, data):
+    return (server.serve(handler, data, 100) if "Range" not in handler.headers else server.reply(handler, 403)) or True
+
+
+def drop(server, handler, name, data):
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    return True
+
+
+@pytest.mark.parametrize("fault", [
+    status(401), status(403), status(404), status(500), status(418), status(407), status(429, Retry_After="1" * 400), wrong_bytes, cut(0),
+    cut_then_refuse, drop, compressed, too_much, other_part, echo("body"), echo("reason"), echo("http://localhost:1/{token}?token={token}"),
+    echo("http://localhost:1/plain"), echo("ftp://other/{token}"),
+    echo("http://user:{token}@localhost:1/"), echo("http://{token}.invalid/"), echo("http://[{token}/"), echo("//"),
+])  # fmt: skip
+@pytest.mark.parametrize("listing", [False, True])
+def test_no_failure_shows_the_token_anywhere(server, tmp_path, monkeypatch, capfd, fault, listing):
+    """In no line, no traceback (chained or not) and no file: whatever fails, when the list is asked for and when a file is."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 0.0)
+    server.faults = [fault] * 1000
+    if listing:
+        monkeypatch.setattr(server, "answer", lambda handler: fault(server, handler, "list", b"{}" * 1000))
+    with pytest.raises(HubError) as error:
+        download("owner/name", tmp_path / "m")
+    shown = everything_of(error.value) + "".join(capfd.readouterr())
+    assert any(headers.get("Authorization") == f"Bearer {TOKEN}" for _, headers in server.seen)
+    assert not secrets_in(shown) and "\n" not in str(error.value)
+    for path in tmp_path.rglob("*"):
+        assert not secrets_in(str(path)) and not (path.is_file() and secrets_in(path.read_bytes().decode("latin-1")))
+
+
+@pytest.mark.parametrize("answer", ["Bearer TOKEN", '{"error": "TOKEN"}', '{"sha": "TOKEN", "siblings": []}',
+                                    '{"sha": "%s", "siblings": [{"rfilename": "TOKEN.bin", "size": 1, "blobId": "%s"}, {"rfilename": '
+                                    '"config.json", "size": 2, "blobId": "9e26dfeeb6e641a33dae4961196235bdb965b21b"}]}' % (COMMIT, "0" * 40)])  # fmt: skip
+def test_no_list_that_echoes_the_token_shows_it(server, tmp_path, monkeypatch, capfd, answer):
+    token = "hf_abcdefgh12345678"
+    monkeypatch.setenv("HF_TOKEN", token)
+    listing = answer.replace("TOKEN", token).encode()
+    monkeypatch.setattr(server, "answer", lambda handler: server.reply(handler, 200, listing if "/api/" in handler.path else b"{}"))
+    with pytest.raises(HubError) as error:
+        download("owner/name", tmp_path / "m")
+    assert token[3:11] not in everything_of(error.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("token", ["hf_a\nhf_b", "hf_a\rX: y", "hf_a b", "hf_\0", "hf_ü", "hf_…", "\ufeffhf_a", "hf_a\thf_b", "hf_\x7f"])
+def test_a_token_that_cannot_be_sent_is_refused_before_it_is(server, tmp_path, monkeypatch, capfd, token):
+    monkeypatch.setattr(hub.os, "environ", os.environ | {"HF_TOKEN": token})  # a NUL cannot be in a real one
+    with pytest.raises(HubError, match="HF_TOKEN: .* copy it again") as error:
+        download("owner/name", tmp_path / "m")
+    shown = everything_of(error.value) + "".join(capfd.readouterr())
+    assert "hf_" not in shown and not server.seen and not (tmp_path / "m").exists()
+
+
+def test_space_around_a_token_is_taken_off(server, tmp_path, monkeypatch):
+    server.token = TOKEN
+    monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\r\n")
+    monkeypatch.setenv("HF_ENDPOINT", f" {server.url}/\n")
+    check(download("owner/name", tmp_path / "m"), server)
+
+
+def test_half_a_token_at_the_end_of_a_long_message_is_one_too(server, tmp_path, monkeypatch):
+    """Long messages of the network are cut: the token goes first."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for pad in range(60, 260, 7):
+        monkeypatch.setattr(hub.requests.Session, "get", lambda *args, **more: fail_with(requests.ConnectionError("x" * pad + TOKEN)))
+        with pytest.raises(HubError) as error:
+            download("owner/name", tmp_path / "m")
+        assert TOKEN[:6] not in str(error.value)
+
+
+def fail_with(error):
+    raise error
+
+
+# ---------------------------------------------------------------------------------- mistakes that no patience mends
+
+
+def once(server, tmp_path, monkeypatch, **environ):
+    """The error of one call in an environment, after which it must not have waited."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    waits = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    with pytest.raises(HubError) as error:
+        download("owner/name", tmp_path / "m")
+    assert not waits and "\n" not in str(error.value) and not secrets_in(everything_of(error.value))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("proxy", ["http:///", "http://user:hunter2@proxy:notaport", "ftp://user:hunter2@127.0.0.1:1", "http://exa mple:3",
+                                   "http://user:hunter2@[::1"])  # fmt: skip
+def test_a_proxy_that_cannot_be_is_said_at_once(server, tmp_path, monkeypatch, proxy):
+    assert "the proxy" in once(server, tmp_path, monkeypatch, HTTP_PROXY=proxy) and not server.seen
+
+
+def test_a_socks_proxy_without_pysocks_says_what_to_install(server, tmp_path, monkeypatch):
+    def missing(*args, **kwargs):  # as requests.adapters has it where PySocks is not there
+        raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
+
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", missing)
+    assert "pip install PySocks" in once(server, tmp_path, monkeypatch, HTTP_PROXY="socks5://user:hunter2@127.0.0.1:1080")
+
+
+@pytest.mark.parametrize("endpoint", ["https://", "http://127.0.0.1:999999", "http://exa mple", "http://.foo", "http://[::1", "http://*",
+                                      f"http://{'a' * 70}.com", "http://user:hunter2@[::1"])  # fmt: skip
+def test_an_endpoint_that_cannot_be_is_said_at_once(server, tmp_path, monkeypatch, endpoint):
+    assert "HF_ENDPOINT" in once(server, tmp_path, monkeypatch, HF_ENDPOINT=endpoint)
+
+
+def test_certificates_are_said_at_once(server, tmp_path, monkeypatch):
+    plain = server.url.replace("http://", "https://")
+    assert "certificates" in once(server, tmp_path, monkeypatch, HF_ENDPOINT=plain)  # no TLS behind it
+    assert "CA certificate" in once(server, tmp_path, monkeypatch, HF_ENDPOINT=plain, REQUESTS_CA_BUNDLE="/nowhere")
+
+
+def test_a_certificate_that_nobody_signed(server, tmp_path, monkeypatch):
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {cert} -days 2 -subj /CN=localhost"
+    if not shutil.which("openssl") or subprocess.run(command.split(), capture_output=True).returncode:
+        pytest.skip("openssl is not here")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    secure = Server({})
+    secure.http.socket = context.wrap_socket(secure.http.socket, server_side=True)
+    try:
+        url = secure.url.replace("http://127.0.0.1", "https://localhost")
+        assert "CERTIFICATE_VERIFY_FAILED" in once(server, tmp_path, monkeypatch, HF_ENDPOINT=url)
+    finally:
+        secure.close()
+
+
+def test_a_proxy_that_forbids_and_one_that_is_not_there(server, tmp_path, monkeypatch):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_response(407)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        where = f"http://user:hunter2@127.0.0.1:{proxy.server_port}"
+        assert "407" in once(server, tmp_path, monkeypatch, HTTPS_PROXY=where, HF_ENDPOINT="https://hub.invalid")
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    waits = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    with pytest.raises(HubError, match="given up after 6 tries") as error:  # the proxy may come back
+        download("owner/name", tmp_path / "m")
+    assert len(waits) == hub.TRIES - 1 and not secrets_in(everything_of(error.value))
+
+
+def test_a_file_system_without_locks_without_fsync_and_without_a_size(server, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    class Usage:
+        total = free = 0
+
+    for module, call in ((files.fcntl, "flock"), (files.os, "fsync"), (files.Path, "chmod"), (hub.shutil, "disk_usage")):
+        monkeypatch.setattr(module, call, fail)
+    check(download("owner/name", tmp_path / "m"), server)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: Usage)
+    check(download("owner/name", tmp_path / "n"), server)
