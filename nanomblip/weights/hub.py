@@ -32,9 +32,22 @@ MODELS = {
     "mblip-mt0-xl": ("Gregor/mblip-mt0-xl", "main"),
     "blip2-flan-t5-xl": ("Salesforce/blip2-flan-t5-xl", "main"),
     **{f"mt0-{size}": (f"bigscience/mt0-{size}", "main") for size in ("small", "base", "large", "xl", "xxl")},
+    "nllb-200-distilled-600M": ("facebook/nllb-200-distilled-600M", "refs/pr/29"),
+    "nllb-200-distilled-1.3B": ("facebook/nllb-200-distilled-1.3B", "refs/pr/5"),
+    "nllb-200-1.3B": ("facebook/nllb-200-1.3B", "refs/pr/5"),
+    "nllb-200-3.3B": ("facebook/nllb-200-3.3B", "refs/pr/10"),
 }
-WANTED = ("config.json", "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
-          "special_tokens_map.json")  # fmt: skip
+# The translators have only pickles on main. These branches hold what the hub's own bot made of them. Something else
+# could be put there, so here is what it was: the start of the commit, and the sha256 of the weights where it is known.
+PINNED = {
+    "nllb-200-distilled-600M": ("38bd1c6", "ca41e084084466b348cdc519f9762bcfc6c352f35c2fbee5588194de8da63da8"),
+    "nllb-200-distilled-1.3B": ("f9e6ff7", None),
+    "nllb-200-1.3B": ("05f78f6", "ec6bf30b411f1714657b558ccc2ecc41d9b341c631f38a39fbcb4ec104d34796"),
+    "nllb-200-3.3B": ("f046cc4", None),
+}
+NLLB_TOKENIZER = (4_852_054, "14bb8dfb35c0ffdea7bc01e56cea38b9e3d5efcdcb9c251d6b40538e1aab555a")  # of all four
+WANTED = ("config.json", "preprocessor_config.json", "processor_config.json", "spiece.model", "sentencepiece.bpe.model",
+          "tokenizer_config.json", "special_tokens_map.json")  # fmt: skip
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces; requests itself would wait for ever
 TRIES = 6  # in a row without a new byte
@@ -83,8 +96,8 @@ def download(name: str, folder: Path, skip: str | None = None) -> Path:
     folder = Path(folder)
     if is_complete(folder):
         return folder
-    repository, _, revision = name.partition("@")
-    repository, pinned = MODELS.get(repository, (repository, "main"))
+    short, _, revision = name.partition("@")
+    repository, pinned = MODELS.get(short, (short, "main"))
     revision = asked = revision or pinned
     if (
         not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository)
@@ -116,6 +129,8 @@ def download(name: str, folder: Path, skip: str | None = None) -> Path:
             session.auth = _Token()
             session.headers.update({"User-Agent": "nanomblip", "Accept-Encoding": "identity"})
             commit, offered = _list_files(session, endpoint, repository, revision)
+            if short in PINNED and asked == pinned:
+                _check_pinned(short, commit, offered)
             where = f"{endpoint}/{repository}/resolve/{commit}"
             files = {}
             get = lambda name: files.update(
@@ -162,6 +177,18 @@ def _list_files(session, endpoint: str, repository: str, revision: str) -> tuple
     return commit, files
 
 
+def _check_pinned(name: str, commit: str, offered: dict[str, tuple[int, str]]) -> None:
+    """Raise HubError unless a branch has the known tokenizer and weights (or commit, where their sha256 is unknown)."""
+    start, sha = PINNED[name]
+    same = offered.get(SINGLE, (0, ""))[1] == sha if sha else commit.startswith(start)
+    if not same or offered.get("sentencepiece.bpe.model") != NLLB_TOKENIZER:
+        repository, revision = MODELS[name]
+        raise HubError(
+            f"{repository}@{revision}: has other files than it had (now at commit {commit}, once at {start}...); "
+            f"look at them there, and if you trust them ask for {repository}@{commit}"
+        )
+
+
 def _shards(folder: Path, repository: str, offered: dict, skip: str | None) -> list[str]:
     """Names of the safetensors files to fetch."""
     if INDEX in offered:
@@ -178,10 +205,12 @@ def _shards(folder: Path, repository: str, offered: dict, skip: str | None) -> l
         return [SINGLE]
     pickles = sorted(name for name in offered if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     found = (
-        f"only {pickles[0]}, a pickle, which can run code when opened and is never read" if pickles else "no weights"
+        f"only {pickles[0]}, a pickle, which can run code when opened and is never fetched" if pickles else "no weights"
     )
-    raise HubError(f"{repository}: {found}; make safetensors of it with transformers (from_pretrained, then save_pretrained, into "
-                   f"{folder}), or give a revision that has them, as in {repository}@refs/pr/1")  # fmt: skip
+    raise HubError(
+        f"{repository}: {found}; give a revision with safetensors, as in {repository}@refs/pr/1, or copy the pickle "
+        f"beside config.json and convert it, if you trust it: python -m nanomblip.weights.convert {folder}"
+    )
 
 
 def _part(folder: Path, name: str, digest: str) -> Path:
