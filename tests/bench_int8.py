@@ -29,7 +29,7 @@ import torch.nn as nn
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.model import int8
 from nanomblip.model import int8_kernels as kernels
-from nanomblip.model.generate import Decoding, beam_search, write_one_each
+from nanomblip.model.generate import Decoding, write
 from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.lora import add_lora
 from nanomblip.model.mt5 import MT5, MT5Config
@@ -200,15 +200,14 @@ def work_ours(cfg: Config, model: MT5, job: str):
         return step
     prompt, beams = piece_ids(1, 64), 1 if job == "greedy" else 5
     decoding = Decoding(num_beams=beams, min_new_tokens=cfg.pieces, max_new_tokens=cfg.pieces)
-    may = torch.ones(1, 250_112, dtype=torch.bool)
 
     @torch.no_grad()
-    def write():
+    def work():
         memory = model.encode(model.embed_tokens(prompt), prompt > 0)
-        found = beam_search(model, memory, prompt > 0, may, decoding) if beams > 1 else write_one_each(model, memory, prompt > 0, may, decoding, [0], None)
+        found = write(model, memory, prompt > 0, torch.zeros(1, 1, dtype=torch.long), decoding)
         return len(found[0][0].ids)
 
-    return write
+    return work
 
 
 def work_theirs(cfg: Config, model, job: str):

@@ -10,8 +10,10 @@ import torch
 
 from nanomblip.model.mblip import MBLIP, MBLIPConfig
 from nanomblip.model.mt5 import MT5Config
+from nanomblip.model.nllb import NLLB, NLLBConfig
 from nanomblip.model.qformer import QFormerConfig
 from nanomblip.model.vit import ViTConfig
+from nanomblip.weights.nllb import nllb_names
 from nanomblip.weights.save import save_mblip
 
 torch.set_num_threads(1)  # the models here are tiny: threads would only wait for each other
@@ -68,3 +70,27 @@ def batch():
         prompt[row, s - 1], prompt[row, s:] = 1, 0
         labels[row, t - 1], labels[row, t:] = 1, -100
     return dict(image=image, prompt=prompt, prompt_mask=prompt != 0, labels=labels)
+
+
+# Odd on purpose as well: encoder and decoder differ in depth, heads and feed-forward.
+TINY_NLLB = NLLBConfig(vocab=83, width=24, heads=3, decoder_heads=2, mlp=40, decoder_mlp=28, layers=2, decoder_layers=3)
+
+
+def tiny_nllb(cfg: NLLBConfig = TINY_NLLB, seed: int = 0, std: float = 0.15) -> NLLB:
+    return randomise(NLLB(cfg), seed, std).eval()
+
+
+def save_nllb(model: NLLB, folder, **more):
+    """Write a translator into a folder as transformers would, by transformers; returns theirs. more: for its config.json."""
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    c = model.cfg
+    theirs = M2M100ForConditionalGeneration(M2M100Config(**dict(
+        vocab_size=c.vocab, d_model=c.width, encoder_attention_heads=c.heads, decoder_attention_heads=c.decoder_heads,
+        encoder_ffn_dim=c.mlp, decoder_ffn_dim=c.decoder_mlp, encoder_layers=c.layers, decoder_layers=c.decoder_layers,
+        max_position_embeddings=16) | more)).eval()  # fmt: skip
+    state = {key: model.get_parameter(mine).detach() for mine, key in nllb_names(model).items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and all("embed" in key or "lm_head" in key for key in missing)  # tied to model.shared
+    theirs.save_pretrained(folder)
+    return theirs

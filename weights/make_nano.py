@@ -41,7 +41,7 @@ from nanomblip.measure.emoji_splits import answer, mean, questions, score  # noq
 from nanomblip.measure.fidelity import LanguageID  # noqa: E402
 from nanomblip.measure.metrics import normal  # noqa: E402
 from nanomblip.model.attention import attend_path  # noqa: E402
-from nanomblip.model.generate import Decoding, write_one_each  # noqa: E402
+from nanomblip.model.generate import Decoding, write  # noqa: E402
 from nanomblip.model.int8_kernels import has_bf16  # noqa: E402
 from nanomblip.model.mblip import MBLIP, PRESETS  # noqa: E402
 from nanomblip.model.mt5 import MT5, MT5Attention  # noqa: E402
@@ -217,8 +217,8 @@ def translate(model: MT5, tokenizer: Tokenizer, prompts: list[str], batch: int =
         prompt = tokenizer.batch(prompts[i : i + batch])
         mask = prompt != Tokenizer.pad
         memory = model.encode(model.embed(prompt), mask)  # (B, S, D)
-        may = (torch.arange(model.cfg.vocab) < len(tokenizer)).expand(len(prompt), -1)  # (B, V), pieces only
-        found = write_one_each(model, memory, mask, may, Decoding(max_new_tokens=24), [0] * len(prompt), None)
+        start = prompt.new_full((len(prompt), 1), model.cfg.pad)
+        found = write(model, memory, mask, start, Decoding(max_new_tokens=24), vocab=len(tokenizer))
         answers += [tokenizer.decode(best[0].ids) for best in found]
     return answers
 

@@ -21,17 +21,8 @@ class Tokenizer:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        if not self.path.is_file():
-            beside = "; tokenizer.json is not read" if self.path.with_name("tokenizer.json").exists() else ""
-            raise FileNotFoundError(
-                f"{path}: no such tokenizer file{beside}; copy it beside the model's config.json from the language "
-                "model that it was made from (google/mt5-*, bigscience/mt0-* and google/flan-t5-* on the hub have it)"
-            )
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
-            ids = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
-        except (RuntimeError, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"{path}: damaged, or not a SentencePiece model ({str(error).strip()})") from None
+        self.pieces = open_sentencepiece(self.path)
+        ids = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
         if ids != (self.pad, self.eos, self.unk):
             raise ValueError(f"{path}: pad, eos, unk have ids {ids}, mT5's are (0, 1, 2)")
 
@@ -40,9 +31,7 @@ class Tokenizer:
 
     def encode(self, text: str, max_length: int = 128) -> list[int]:
         """Token ids of a text, eos last; at most `max_length` of them (the paper's 128 in training)."""
-        # A byte of the command line that is not UTF-8 arrives as a lone surrogate, which SentencePiece cannot take.
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        return self.pieces.encode(text)[: max_length - 1] + [self.eos]
+        return self.pieces.encode(valid_text(text))[: max_length - 1] + [self.eos]
 
     def decode(self, ids) -> str:
         """The text of token ids, up to the first eos; pad and rows beyond the tokenizer are left out."""
@@ -57,6 +46,27 @@ class Tokenizer:
     def batch(self, texts: list[str], max_length: int = 128):
         """Several prompts as one padded tensor: long (B, S), right-padded with pad."""
         return pad_rows([self.encode(text, max_length) for text in texts], self.pad)
+
+
+def open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model of a file; FileNotFoundError or ValueError naming the file when it cannot be read."""
+    if not path.is_file():
+        beside = "; tokenizer.json is not read" if path.with_name("tokenizer.json").exists() else ""
+        raise FileNotFoundError(
+            f"{path}: no such tokenizer file{beside}; copy it beside the model's config.json from the language "
+            "model that it was made from (google/mt5-*, bigscience/mt0-* and google/flan-t5-* on the hub have it)"
+        )
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        pieces.eos_id()  # fails where the file was empty
+    except (RuntimeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or not a SentencePiece model ({str(error).strip()})") from None
+    return pieces
+
+
+def valid_text(text: str) -> str:
+    """Text that SentencePiece can take: a byte of the command line that is not UTF-8 arrives as a lone surrogate."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The one attention kernel that all three towers call, in two versions that return the same thing.
+"""The one attention kernel that all towers call, in two versions that return the same thing, and the decoders' cache.
 
     attend(q, k, v) = softmax(scale * q k^T + bias) v          (Vaswani et al. 2017, equation 1)
 
@@ -65,3 +65,35 @@ def attend(q, k, v, mask=None, bias=None, scale=None, dropout=0.0):
     weights = scores.float().softmax(dim=-1).to(q.dtype)  # softmax in fp32 whatever the type of the rest
     weights = F.dropout(weights, dropout) if dropout else weights
     return weights @ v  # (B, H, N, K)
+
+
+class KVCache:
+    """Keys and values that the decoder need not compute again while it writes one token after another.
+
+    `memory[i]` are layer i's cross-attention keys and values, computed from the encoder's output once; `past[i]` its
+    self-attention keys and values, one position longer after each call. All are (B, H, M, K). In beam search several
+    rows of the past, a sample's beams, share one row of the memory.
+    """
+
+    def __init__(self, layers: int):
+        self.past, self.memory = [None] * layers, [None] * layers
+
+    def __len__(self):
+        return 0 if self.past[0] is None else self.past[0][0].shape[2]
+
+    def extend(self, layer: int, k, v):
+        """Append new positions to a layer's past; returns all keys and values so far."""
+        if self.past[layer] is not None:
+            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.past[layer], (k, v)))
+        self.past[layer] = (k, v)
+        return k, v
+
+    def reorder(self, rows, memory=True):
+        """Row b becomes what row rows[b] was (rows: long (B',)); for beam search and for dropping finished rows.
+
+        memory: True = likewise, False = stays (enough when rows stay within their sample), or its own rows, long (A',).
+        """
+        self.past = [tuple(t.index_select(0, rows) for t in kv) for kv in self.past]
+        if memory is not False:
+            rows = rows if memory is True else memory
+            self.memory = [tuple(t.index_select(0, rows) for t in kv) for kv in self.memory]

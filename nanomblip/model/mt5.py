@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomblip.model.attention import additive_bias, attend
+from nanomblip.model.attention import KVCache, additive_bias, attend
 
 
 @dataclass(frozen=True)
@@ -108,38 +108,6 @@ class MT5Bias(nn.Module):
         """The bias of the last `queries` of `keys` positions: float (1, H, N, M)."""
         table = _bucket_table(queries, keys, self.buckets, self.max_distance, self.two_sided, self.weight.device)
         return F.embedding(table, self.weight).permute(2, 0, 1)[None]  # (N, M, H) -> (1, H, N, M)
-
-
-class KVCache:
-    """Keys and values that the decoder need not compute again while it writes one token after another.
-
-    `memory[i]` are layer i's cross-attention keys and values, computed from the encoder's output once; `past[i]` its
-    self-attention keys and values, one position longer after each call. All are (B, H, M, K). In beam search several
-    rows of the past, a sample's beams, share one row of the memory.
-    """
-
-    def __init__(self, layers: int):
-        self.past, self.memory = [None] * layers, [None] * layers
-
-    def __len__(self):
-        return 0 if self.past[0] is None else self.past[0][0].shape[2]
-
-    def extend(self, layer: int, k, v):
-        """Append new positions to a layer's past; returns all keys and values so far."""
-        if self.past[layer] is not None:
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.past[layer], (k, v)))
-        self.past[layer] = (k, v)
-        return k, v
-
-    def reorder(self, rows, memory=True):
-        """Row b becomes what row rows[b] was (rows: long (B',)); for beam search and for dropping finished rows.
-
-        memory: True = likewise, False = stays (enough when rows stay within their sample), or its own rows, long (A',).
-        """
-        self.past = [tuple(t.index_select(0, rows) for t in kv) for kv in self.past]
-        if memory is not False:
-            rows = rows if memory is True else memory
-            self.memory = [tuple(t.index_select(0, rows) for t in kv) for kv in self.memory]
 
 
 class MT5Attention(nn.Module):
@@ -315,9 +283,10 @@ class MT5(nn.Module):
         """embedded float (B, L, D), mask bool (B, L) -> memory (B, L, D)."""
         return self.encoder(embedded, mask)
 
-    def decode(self, ids, memory, memory_mask, cache: KVCache | None = None):
-        """ids long (B, T), memory (B, L, D), memory_mask bool (B, L) -> logits (B, T, V)."""
-        return self.lm_head(self.decoder(self.embed_tokens(ids), memory, memory_mask, cache))
+    def decode(self, ids, memory, memory_mask, cache: KVCache | None = None, last=False):
+        """ids long (B, T), memory (B, L, D), memory_mask bool (B, L) -> logits (B, T, V), or the last, (B, 1, V)."""
+        x = self.decoder(self.embed_tokens(ids), memory, memory_mask, cache)  # (B, T, D)
+        return self.lm_head(x[:, -1:] if last else x)
 
     def shift_right(self, labels):
         """The decoder's input for labels long (B, T), -100 = no loss: the start token, then each label but the last."""

@@ -152,7 +152,8 @@ def load_adapter(mt5: MT5, folder: Path | str) -> None:
     config, linears, path = _read_config(folder), _linear_names(mt5), folder / "adapter_model.safetensors"
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise WeightsError(
-            f"{folder}: adapter_model.bin is a pickle and is not read; save it as safetensors with peft first"
+            f"{folder}: adapter_model.bin is a pickle and is not read; convert it if you trust it: "
+            f"python -m nanomblip.weights.convert {folder}"
         )
     with open_safetensors(path) as file:
         base, keys = (file.metadata() or {}).get("base_sha256"), list(file.keys())

@@ -1,6 +1,6 @@
 """Files in and out: JSON, safetensors, and writing that a crash cannot leave half done.
 
-Nothing is ever unpickled.
+Nothing is unpickled.
 """
 
 import errno

@@ -24,19 +24,10 @@ from urllib.parse import quote
 import requests
 from tqdm import tqdm
 
+from nanomblip.weights.catalogue import MODELS, NLLB_TOKENIZER, PINNED, WANTED
 from nanomblip.weights.files import RunLock, is_plain_name, put_in_place
 from nanomblip.weights.load import INDEX, SINGLE, weight_map
 from nanomblip.weights.records import RECORD, read_record, write_record
-
-# Name -> repository and revision. A branch can move, so the commit that it meant is kept in the record of the folder;
-# see weights/README.md.
-MODELS = {
-    "mblip-mt0-xl": ("Gregor/mblip-mt0-xl", "main"),
-    "blip2-flan-t5-xl": ("Salesforce/blip2-flan-t5-xl", "main"),
-    **{f"mt0-{size}": (f"bigscience/mt0-{size}", "main") for size in ("small", "base", "large", "xl", "xxl")},
-}
-WANTED = ("config.json", "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
-          "special_tokens_map.json")  # fmt: skip
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads; requests itself would wait for ever
 TRIES = 6  # in a row without a new byte
@@ -110,8 +101,8 @@ def download(name: str, folder: Path, skip: str | None = None) -> Path:
 
 def _download(name: str, folder: Path, skip: str | None) -> None:
     """`download` into a folder that is not complete."""
-    repository, _, revision = name.partition("@")
-    repository, pinned = MODELS.get(repository, (repository, "main"))
+    short, _, revision = name.partition("@")
+    repository, pinned = MODELS.get(short, (short, "main"))
     revision = asked = revision or pinned
     plain = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and re.fullmatch(r"[\w-][\w./-]*", revision)
     if not plain or ".." in revision:
@@ -139,6 +130,8 @@ def _download(name: str, folder: Path, skip: str | None) -> None:
             session.auth = _Token()
             session.headers.update({"User-Agent": "nanomblip", "Accept-Encoding": "identity"})
             commit, offered = _list_files(session, endpoint, repository, revision)
+            if short in PINNED and asked == pinned:
+                _check_pinned(short, commit, offered)
             files = _fetch_all(session, f"{endpoint}/{repository}/resolve/{commit}", folder, repository, offered, skip)
         write_record(folder, files, dict(repository=repository, revision=asked, commit=commit))
     finally:
@@ -197,6 +190,18 @@ def _list_files(session, endpoint: str, repository: str, revision: str) -> tuple
     return commit, files
 
 
+def _check_pinned(name: str, commit: str, offered: dict[str, tuple[int, str]]) -> None:
+    """Raise HubError unless a branch has the known tokenizer and weights (or commit, where their sha256 is unknown)."""
+    start, sha = PINNED[name]
+    same = offered.get(SINGLE, (0, ""))[1] == sha if sha else commit.startswith(start)
+    if not same or offered.get("sentencepiece.bpe.model") != NLLB_TOKENIZER:
+        repository, revision = MODELS[name]
+        raise HubError(
+            f"{repository}@{revision}: has other files than it had (now at commit {commit}, once at {start}...); "
+            f"look at them there, and if you trust them ask for {repository}@{commit}"
+        )
+
+
 def _shards(folder: Path, repository: str, offered: dict, skip: str | None) -> list[str]:
     """Names of the safetensors files to fetch."""
     if INDEX in offered:
@@ -211,9 +216,13 @@ def _shards(folder: Path, repository: str, offered: dict, skip: str | None) -> l
     if SINGLE in offered:
         return [SINGLE]
     pickles = sorted(name for name in offered if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    found = f"only {pickles[0]}, a pickle, which can run code and is never read" if pickles else "no weights"
-    convert = f"make safetensors of it with transformers (from_pretrained, then save_pretrained, into {folder})"
-    raise HubError(f"{repository}: {found}; {convert}, or give a revision that has them, as in {repository}@refs/pr/1")
+    found = f"only {pickles[0]}, a pickle, which can run code and is never fetched" if pickles else "no weights"
+    convert = (
+        f"copy the pickle to {folder} and convert it, if you trust it: python -m nanomblip.weights.convert {folder}"
+    )
+    raise HubError(
+        f"{repository}: {found}; give a revision with safetensors, as in {repository}@refs/pr/1, or {convert}"
+    )
 
 
 def _part(folder: Path, name: str, digest: str) -> Path:

@@ -2,7 +2,7 @@
 
 nano's checkpoints and the official ones go through the same strict loader, and transformers opens what we write.
 Strict means that every tensor of the file finds its place and every place gets its tensor, in the right shape;
-anything else is a `WeightsError` that names the key. Nothing is ever unpickled.
+anything else is a `WeightsError` that names the key. Nothing is unpickled (see convert.py).
 
 The header of the files is compared with config.json first. Then a model is built on the meta device (shapes without
 memory) and filled one tensor at a time straight from the memory-mapped file, so that there are never two copies of it.
@@ -76,8 +76,8 @@ def find_tensors(folder: Path, skip: str | None = None) -> dict[str, Path]:
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
     if pickles:
         raise WeightsError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when opened, so it is never read; get the "
-            "safetensors version, or save the model with transformers' save_pretrained, which writes safetensors"
+            f"{folder}: {pickles[0]} is a pickle, which can run code when opened, so it is not read; get the "
+            f"safetensors version, or convert it if you trust it: python -m nanomblip.weights.convert {folder}"
         )
     raise WeightsError(f"{folder}: no {SINGLE} and no {INDEX}")
 

@@ -264,7 +264,7 @@ def test_dropout_is_off_and_modes_come_back():
     model.vit.eval()  # a frozen tower stays in eval while the rest trains
     assert generate(model, image, prompt, mask, BEAMS) == want
     assert not any(m.training for m in model.vit.modules()) and all(m.training for m in model.mt5.modules())
-    with pytest.raises(ValueError, match="no piece"):
+    with pytest.raises(ValueError, match="no token"):
         generate(model, image, prompt, mask, allowed=torch.zeros(V, dtype=torch.bool))
     with torch.no_grad():
         model.mt5.lm_head.weight[3, 0] = torch.nan
@@ -291,7 +291,7 @@ def test_bad_flags_are_named(flag, values):
 
 def test_arguments_that_do_not_fit():
     model, (image, prompt, mask) = talkative(seed=18), inputs(18)
-    with pytest.raises(ValueError, match="tokenizer of 99 pieces"):
+    with pytest.raises(ValueError, match="tokenizer of 99 tokens"):
         generate(model, image, prompt, mask, vocab=99)
     with pytest.raises(ValueError, match="num_beams is 40"):
         generate(model, image, prompt, mask, Decoding(num_beams=40))
@@ -300,15 +300,15 @@ def test_arguments_that_do_not_fit():
 
 
 @pytest.mark.parametrize("V", [67, 640, 8064, 250112])
-def test_best_pieces_are_those_of_topk(V):
-    from nanomblip.model.generate import best_pieces
+def test_best_tokens_are_those_of_topk(V):
+    from nanomblip.model.generate import best_tokens
 
     generator = torch.Generator().manual_seed(V)
     for k in (1, 10, 40 if V > 80 else 20):
         scores = torch.randn(3, V, generator=generator)
         scores[0, 5:] = -torch.inf  # few that are possible
         scores[1, :20] = 9.0 - torch.arange(20) / 100  # all the best side by side
-        (values, places), want = best_pieces(scores, k), scores.topk(k)
+        (values, places), want = best_tokens(scores, k), scores.topk(k)
         assert torch.equal(values, want.values) and torch.equal(places[1:], want.indices[1:])
         assert torch.equal(places[0, : min(k, 5)], want.indices[0, : min(k, 5)])
 

@@ -343,7 +343,7 @@ def test_shards_of_the_language_model_alone_are_left_out(server, tmp_path):
 def test_only_pickles_and_no_weights_at_all(server, tmp_path):
     for name in (*WEIGHTS, "model.safetensors.index.json"):
         server.files.pop(name)
-    with pytest.raises(HubError, match="pickle.*save_pretrained"):
+    with pytest.raises(HubError, match="pickle.*python -m nanomblip.weights.convert"):
         download("owner/name", tmp_path / "m")
     server.files.pop("pytorch_model.bin")
     with pytest.raises(HubError, match="no weights"):
@@ -664,3 +664,29 @@ def test_a_file_system_without_locks_without_fsync_and_without_a_size(server, tm
     check(download("owner/name", tmp_path / "m"), server)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: Usage)
     check(download("owner/name", tmp_path / "n"), server)
+
+
+@pytest.mark.parametrize("name", list(hub.PINNED))
+def test_translators_come_from_their_pinned_branches(server, tmp_path, monkeypatch, name):
+    """Of the weights the sha256 is known, or the commit; of the tokenizer always the sha256."""
+    start, known = hub.PINNED[name]
+    server.files = {"config.json": b"{}", "sentencepiece.bpe.model": b"tokens" * 99, "model.safetensors": b"weights" * 99, "pytorch_model.bin": b"x"}
+    sha = lambda file: hashlib.sha256(server.files[file]).hexdigest()
+    monkeypatch.setattr(hub, "NLLB_TOKENIZER", (594, sha("sentencepiece.bpe.model")))
+    monkeypatch.setitem(hub.PINNED, name, (start, known and sha("model.safetensors")))
+    server.commit = OTHER_COMMIT if known else start + OTHER_COMMIT[7:]
+    folder = download(name, tmp_path / "m")
+    repository, revision = hub.MODELS[name]
+    assert server.seen[0][0] == f"/api/models/{repository}/revision/{revision.replace('/', '%2F')}?blobs=true"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "sentencepiece.bpe.model", RECORD]
+    good = dict(server.files)
+    for file in ["sentencepiece.bpe.model"] + ["model.safetensors"] * bool(known):
+        server.files = good | {file: good[file][:-1] + b"!"}
+        with pytest.raises(HubError, match=f"other files.*ask for {repository}@{server.commit}"):
+            download(name, tmp_path / "other")
+    server.files = good
+    if not known:
+        server.commit = OTHER_COMMIT
+        with pytest.raises(HubError, match="other files"):
+            download(name, tmp_path / "other")
+    download(f"{repository}@{server.commit}", tmp_path / "other")  # by its commit it is taken as it is
