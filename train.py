@@ -30,13 +30,13 @@ from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.emoji import load_emoji
 from nanomblip.data.image import ImageConfig
 from nanomblip.data.json_mixture import JsonBatches, JsonMixture, parse_mixture, unusable_pictures
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, parse_lang, parse_lang_mix
 from nanomblip.data.mixture import TASKS, Batches, Mixture, parse_tasks
 from nanomblip.data.processor import save_processor
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.emoji_splits import MEASUREMENTS, evaluate, mean, table
-from nanomblip.measure.fidelity import LanguageID
 from nanomblip.model.attention import attend_path
 from nanomblip.model.generate import DECODING
 from nanomblip.model.int8 import THRESHOLD, Int8Linear

@@ -17,7 +17,7 @@ from PIL import Image
 import sample
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.image import ImageConfig
-from nanomblip.measure.fidelity import script_share
+from nanomblip.data.scripts import script_share
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights.files import write_json
 from nanomblip.weights.save import save_mblip

@@ -33,13 +33,13 @@ sys.path.insert(0, str(ROOT))
 
 from nanomblip.data.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
 from nanomblip.data.image import ImageConfig, redraw  # noqa: E402
+from nanomblip.data.language_id import LanguageID  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
 from nanomblip.data.mixture import CAPTION, KEYWORDS, NAMING  # noqa: E402
+from nanomblip.data.scripts import normal  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.measure.emoji_splits import answer, mean, questions, score  # noqa: E402
-from nanomblip.measure.fidelity import LanguageID  # noqa: E402
-from nanomblip.measure.metrics import normal  # noqa: E402
 from nanomblip.model.attention import attend_path  # noqa: E402
 from nanomblip.model.generate import Decoding, write_one_each  # noqa: E402
 from nanomblip.model.int8_kernels import has_bf16  # noqa: E402

@@ -22,14 +22,16 @@ from tqdm import tqdm
 from nanomblip.data.emoji import Emoji, load_emoji
 from nanomblip.data.image import ImageConfig, ImageError, image_to_tensor, load_image
 from nanomblip.data.json_mixture import image_path
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, parse_lang, resource_group, script_group
 from nanomblip.data.mixture import TASKS, Mixture
 from nanomblip.data.prompts import EVAL_PROMPT
+from nanomblip.data.scripts import script_share
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.benchmarks import OUTSIDE, READERS, Item, read_benchmark
 from nanomblip.measure.emoji_splits import GREEDY, MEASUREMENTS, questions
-from nanomblip.measure.fidelity import LanguageID, language_masks, script_share
+from nanomblip.measure.fidelity import language_masks
 from nanomblip.measure.metrics import (
     above_chance,
     caption_tokens,
