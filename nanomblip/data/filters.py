@@ -1,6 +1,8 @@
-"""What a translation must not be: rules that judge one text against its English source, and a report of what they reject.
+"""What a translation must not be: rules that judge one text against its English source, and a report of what they
+reject.
 
-A translator such as NLLB fails in ways that can be seen without knowing the language; mBLIP's own data were not filtered.
+A translator such as NLLB fails in ways that can be seen without knowing the language; mBLIP's own data were not
+filtered.
 
     rule          a text is rejected when
     blank         it has no letter and no digit
@@ -8,19 +10,23 @@ A translator such as NLLB fails in ways that can be seen without knowing the lan
     cut           the translator stopped at its length limit, not by itself
     script        less than half of its letters are in a script of the language
     copy          it is the source, of three words or more (names may stay)
-    repetition    a string with a letter is in it four times in a row, or it packs to less than a third of what the source does
-    length        it is over 2.5 times longer or shorter than the source, in characters, scaled by language (parallel.py)
+    repetition    a string with a letter is in it four times in a row, or it packs to less than a third of what the
+                  source does
+    length        it is over 2.5 times longer or shorter than the source, in characters, scaled by language
+                  (parallel.py)
     sentences     it has fewer sentences than the source, and less than 0.8 of the length
     digits        digits of a number of two or more digits are lost, in any digit system; small numbers may become words
-    language      its n-grams are likelier in another language by 20 nats and 0.1 each (language_id.py); from 20 characters on
+    language      its n-grams are likelier in another language by 20 nats and 0.2 each (language_id.py); from 20
+                  characters on
     back          back in English it is not the source, by a score such as chrF that the caller passes
 
-`judge` names the first rule that a text breaks, in this order. What the rules cost is measured on texts that people wrote:
+`judge` names the first rule that a text breaks, in this order. What the rules cost is measured on texts that people
+wrote:
 
     python -m nanomblip.data.filters --out FOLDER
 
-judges the Declaration of Human Rights and the names of the embedded data, each half of them with a language model of the
-other half. Of 8,317 paragraphs and 135,574 names it rejects:
+judges the Declaration of Human Rights and the names of the embedded data, each half of them with a language model of
+the other half. Of 8,317 paragraphs and 135,574 names it rejects:
 
 NUMBERS
 """
@@ -44,7 +50,7 @@ RULES = ("blank", "unknown", "cut", "script", "copy", "repetition", "length", "s
 SENTENCE_END = re.compile(r"[.!?؟۔।॥։።፧។៕။](?=[\s\"'”»)\]]|$)|[。！？]")
 LOOP = re.compile(r"(.{1,40}?)\1{3,}")
 LONGEST_RATIO, SHORTEST_SHARE = 2.5, 0.8
-SURE, SURE_EACH, JUDGED_FROM = 20.0, 0.1, 20  # nats; nats an n-gram; characters
+SURE, SURE_EACH, JUDGED_FROM = 20.0, 0.2, 20  # nats; nats an n-gram; characters
 LEAST_BACK = 0.3  # of a score in 0..1
 
 
@@ -60,7 +66,8 @@ def sentences(text: str) -> int:
 
 
 def relative_length(source: str, text: str, lang: str) -> float:
-    """Characters of a text over what its language would need for the source; 10 are added to both, so short texts may vary more."""
+    """Characters of a text over what its language would need for the source; 10 are added to both, so short texts may
+    vary more."""
     return (len(text) + 10) / (len(source) * length_scale(lang) + 10)
 
 
@@ -92,9 +99,10 @@ def judge(source: str, text: str, lang: str, unknown: int = 0, ended: bool = Tru
           score=None, identifier: LanguageID | None = None) -> str | None:  # fmt: skip
     """The first of RULES that a translation of an English source breaks, None for a good one.
 
-    lang: code of LANGUAGES. unknown: how many tokens the translator could not write; ended: did it stop by itself. back:
-    the text translated back into English, and score(back, source) in 0..1, such as metrics.chrf; without, that rule is left out.
-    identifier: another judge of languages than `sentence_id()`, which takes some seconds at first use.
+    lang: code of LANGUAGES. unknown: how many tokens the translator could not write; ended: did it stop by itself.
+    back: the text translated back into English, and score(back, source) in 0..1, such as metrics.chrf; without, that
+    rule is left out. identifier: another judge of languages than `sentence_id()`, which takes some seconds at first
+    use.
     """
     assert (back is None) == (score is None), "a back-translation needs a score, and a score a back-translation"
     if lang not in LANGUAGES or lang == "en":
@@ -143,13 +151,20 @@ class Report:
         return sorted(self.judged, key=lambda lang: (-self.share(lang), lang))
 
     def table(self) -> str:
-        """Markdown: a row for all languages and one for each, the worst first; a column for each rule that rejected something."""
+        """Markdown: a row for all languages and one for each, the worst first; a column for each rule that rejected
+        something."""
         rules = [rule for rule in RULES if any(r == rule for _, r in self.rejected)]
-        lines = [f"| language | texts | rejected |{''.join(f' {rule} |' for rule in rules)}", "|---" * (3 + len(rules)) + "|"]
+        lines = [
+            f"| language | texts | rejected |{''.join(f' {rule} |' for rule in rules)}",
+            "|---" * (3 + len(rules)) + "|",
+        ]
         for lang in [None, *self.worst()]:
             name = "all" if lang is None else f"{LANGUAGES[lang].name} ({lang})"
             texts = self.judged.total() if lang is None else self.judged[lang]
-            cells = [self.rejected[lang, rule] if lang else sum(self.rejected[c, rule] for c in self.judged) for rule in rules]
+            cells = [
+                self.rejected[lang, rule] if lang else sum(self.rejected[c, rule] for c in self.judged)
+                for rule in rules
+            ]
             shares = "".join(f" {100 * n / max(1, texts):.2f} % |" if n else " - |" for n in cells)
             lines.append(f"| {name} | {texts:,} | {100 * self.share(lang):.2f} % |{shares}")
         return "\n".join(lines) + "\n"
@@ -181,8 +196,8 @@ class Report:
 
 
 def judge_people(pairs, langs=tuple(LANGUAGES)) -> Report:
-    """What `judge` rejects of texts that people wrote; pairs(lang) are (English, text), as in parallel.py. Each half of them is
-    judged by an identifier that has read the other half only."""
+    """What `judge` rejects of texts that people wrote; pairs(lang) are (English, text), as in parallel.py. Each half
+    of them is judged by an identifier that has read the other half only."""
     report = Report()
     for half in (0, 1):
         identifier = sentence_id(half)

@@ -1,10 +1,10 @@
 """Which language is a text in? Naive Bayes over character n-grams, learned from the embedded data.
 
-`LanguageID(names)` judges short answers: a table of known names first, naive Bayes for the rest. `sentence_id()` is the same
-class over names and the Declaration of Human Rights together, for whole sentences (filters.py).
+`LanguageID(names)` judges short answers: a table of known names first, naive Bayes for the rest. `sentence_id()` is
+the same class over names and the Declaration of Human Rights together, for whole sentences (filters.py).
 
-Accuracy on texts it has not seen (every second concept and every second paragraph held out; mean over languages), beside
-py3langid, which does not know Cebuano, Maori, Nyanja, Samoan, Sindhi, Sundanese and Yiddish:
+Accuracy on texts it has not seen (every second concept and every second paragraph held out; mean over languages),
+beside py3langid, which does not know Cebuano, Maori, Nyanja, Samoan, Sindhi, Sundanese and Yiddish:
 
                                    paragraphs   50 characters   names
     names alone, add-one                 84 %            81 %    81 %
@@ -12,7 +12,8 @@ py3langid, which does not know Cebuano, Maori, Nyanja, Samoan, Sindhi, Sundanese
     names and Declaration, add-0.03      99 %            99 %    84 %
     py3langid 140 languages              93 %            92 %    70 %
 
-Paragraphs of one text share its words, so that other sentences will be harder; Indonesian and Malay stay hard to tell apart.
+Paragraphs of one text share its words, so that other sentences will be harder; Indonesian and Malay stay hard to tell
+apart.
 """
 
 import math
@@ -28,15 +29,18 @@ class LanguageID:
     """Which language is a short text in? Exact look-up among all known names first, naive Bayes for the rest.
 
     names: language -> concept -> name. Of the core names 87 % occur in one language only, so the table settles most
-    answers; the others are judged by their character 1- to 4-grams, all languages equally likely. smoothing is what is added to
-    every count: 1 favours the languages with more text, which matters once they differ.
+    answers; the others are judged by their character 1- to 4-grams, all languages equally likely. smoothing is what
+    is added to every count: 1 favours the languages with more text, which matters once they differ.
     """
 
-    ORDERS = (1, 2, 3, 4)
-
-    def __init__(self, names: dict[str, dict[str, str]], smoothing: float = 1.0):
+    def __init__(
+        self, names: dict[str, dict[str, str]], smoothing: float = 1.0, orders: tuple[int, ...] = (1, 2, 3, 4)
+    ):
+        self.orders = orders
         self.table = defaultdict(set)  # name -> languages that use it
-        self.seen = defaultdict(list)  # n-gram -> [(language, log(count / smoothing + 1))] of the languages that have it
+        self.seen = defaultdict(
+            list
+        )  # n-gram -> [(language, log(count / smoothing + 1))] of the languages that have it
         totals = {}
         for lang, of_lang in names.items():
             counts = Counter()
@@ -46,13 +50,13 @@ class LanguageID:
             totals[lang] = counts.total()
             for gram, n in counts.items():
                 self.seen[gram].append((lang, math.log(n / smoothing + 1)))
-        # log((count + s) / (total + s kinds)) = log(count / s + 1) - log(total / s + kinds): the first term is 0 for nearly
-        # all (n-gram, language), so only the others are stored, and a guess touches few of them.
+        # log((count + s) / (total + s kinds)) = log(count / s + 1) - log(total / s + kinds): the first term is 0 for
+        # nearly # all (n-gram, language), so only the others are stored, and a guess touches few of them.
         self.unseen = {lang: math.log(total / smoothing + len(self.seen)) for lang, total in totals.items()}
 
     def grams(self, text: str) -> list[str]:
         text = f"^{text}$"
-        return [text[i : i + n] for n in self.ORDERS for i in range(len(text) - n + 1)]
+        return [text[i : i + n] for n in self.orders for i in range(len(text) - n + 1)]
 
     def scores(self, text: str) -> dict[str, float]:
         """The log likelihood of a text in each language, in nats."""
@@ -83,10 +87,11 @@ def fold(text: str) -> int:
 
 @cache
 def sentence_id(without: int | None = None) -> LanguageID:
-    """The judge of sentences, from all names and the Declaration of Human Rights in 95 languages, or from all but one `fold`.
+    """The judge of sentences, from all names and the Declaration of Human Rights in 95 languages, or from all but one
+    `fold`.
 
-    Texts in another script than LANGUAGES has for the language do not count. That leaves out Kurdish: the Declaration is in
-    Kurmanji, in Latin letters, and mBLIP's Kurdish is Sorani. Takes some seconds and 400 MB.
+    Texts in another script than LANGUAGES has for the language do not count. That leaves out Kurdish: the Declaration
+    is in Kurmanji, in Latin letters, and mBLIP's Kurdish is Sorani. Takes some seconds and 400 MB.
     """
     texts = {lang: dict(names) for lang, names in load_names().items()}
     for lang, paragraphs in load_udhr().items():
@@ -95,4 +100,4 @@ def sentence_id(without: int | None = None) -> LanguageID:
     for lang, of_lang in texts.items():
         if (script_share(" ".join(of_lang.values()), lang) or 0) > 0.5:
             kept[lang] = {key: text for key, text in of_lang.items() if without is None or fold(text) != without}
-    return LanguageID(kept, smoothing=0.03)
+    return LanguageID(kept, smoothing=0.03, orders=(3, 4))

@@ -10,9 +10,9 @@ from nanomblip.data.languages import LANGUAGES
 SCRIPT_WORDS = {
     "LATIN": "Latn", "CYRILLIC": "Cyrl", "ARABIC": "Arab", "BENGALI": "Beng", "DEVANAGARI": "Deva", "GUJARATI": "Gujr",
     "GURMUKHI": "Guru", "KANNADA": "Knda", "MALAYALAM": "Mlym", "SINHALA": "Sinh", "TAMIL": "Taml", "TELUGU": "Telu",
-    "CJK": "Hani", "IDEOGRAPHIC": "Hani", "HIRAGANA": "Hira", "KATAKANA": "Kana", "KATAKANA-HIRAGANA": "Kana", "HANGUL": "Hang",
-    "KHMER": "Khmr", "LAO": "Laoo", "MYANMAR": "Mymr", "THAI": "Thai", "ARMENIAN": "Armn", "ETHIOPIC": "Ethi", "GEORGIAN": "Geor",
-    "GREEK": "Grek", "HEBREW": "Hebr",
+    "CJK": "Hani", "IDEOGRAPHIC": "Hani", "HIRAGANA": "Hira", "KATAKANA": "Kana", "KATAKANA-HIRAGANA": "Kana",
+    "HANGUL": "Hang", "KHMER": "Khmr", "LAO": "Laoo", "MYANMAR": "Mymr", "THAI": "Thai", "ARMENIAN": "Armn",
+    "ETHIOPIC": "Ethi", "GEORGIAN": "Geor", "GREEK": "Grek", "HEBREW": "Hebr",
 }  # fmt: skip
 
 
@@ -23,8 +23,8 @@ def normal(text: str) -> str:
 
 @cache
 def script_of(char: str) -> str | None:
-    """The ISO 15924 code of a letter's or mark's script; "Zyyy" for another script, None for what belongs to all of them
-    (digits, punctuation, spaces, symbols, combining accents)."""
+    """The ISO 15924 code of a letter's or mark's script; "Zyyy" for another script, None for what belongs to all of
+    them (digits, punctuation, spaces, symbols, combining accents)."""
     if unicodedata.category(char)[0] not in "LM":
         return None
     words = unicodedata.name(char, "UNKNOWN").split()
@@ -49,7 +49,8 @@ def script_characters(script: str) -> frozenset[str]:
 
 
 def digits(text: str) -> Counter:
-    """How often each digit stands in a text, in whatever system it is written: "٢٥", "፳፭", "二十五" and "25" all hold a 2 and a 5.
+    """How often each digit stands in a text, in whatever system it is written: "٢٥", "፳፭", "二十五" and "25" all hold a
+    2 and a 5.
 
     A sign for ten or a hundred counts with its digits, so that one may find more than were meant, never fewer.
     """

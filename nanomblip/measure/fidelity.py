@@ -1,20 +1,21 @@
-"""Language fidelity: how to make a model stay in the language that was asked for. (data/language_id.py tells which it is in.)
+"""Language fidelity: how to make a model stay in the language that was asked for. data/language_id.py tells which it is
+in.
 
 Asked for Tamil, multilingual vision-language models like to answer in English: the paper leaves the problem open, and
-later ones score such answers as zero. The cheapest cure needs no training. Before each step of decoding, the pieces that
-the language cannot use are forbidden (`generate(allowed=...)`). Which those are is found once, as a mask over the
+later ones score such answers as zero. The cheapest cure needs no training. Before each step of decoding, the pieces
+that the language cannot use are forbidden (`generate(allowed=...)`). Which those are is found once, as a mask over the
 vocabulary (`language_pieces`), in one of two ways:
 
-- vocabulary: the pieces into which the language's names, keywords and phrases of the embedded data fall, as far as they are
-  in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it too: the
-  language model has read them as text, only no picture of them, and the mask knows no pictures either.
+- vocabulary: the pieces into which the language's names, keywords and phrases of the embedded data fall, as far as
+  they are in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it
+  too: the language model has read them as text, only no picture of them, and the mask knows no pictures either.
 - script: the pieces whose letters belong to the language's scripts. For a tokenizer of 250,100 pieces. Where
   languages share a script (57 use Latin) the letters must also occur in texts of that language: ß for German, not for
   English. It tells Thai from English surely, German from English hardly.
 
-With nano's masks 99.9 % of the names can still be written in their own language, and of the core English names 34 % in another
-Latin language, none in any other script. And a mask can only forbid: a model that does not know the word in Tamil now
-writes another Tamil word, or digits, which all languages share. So it is measured, on and off.
+With nano's masks 99.9 % of the names can still be written in their own language, and of the core English names 34 %
+in another Latin language, none in any other script. And a mask can only forbid: a model that does not know the word
+in Tamil now writes another Tamil word, or digits, which all languages share. So it is measured, on and off.
 """
 
 import unicodedata
@@ -32,7 +33,8 @@ SHARED = {script for row in LANGUAGES.values() for script in row.scripts
 
 
 def language_texts(emoji: Emoji, lang: str) -> list[str]:
-    """What people wrote in a language in the embedded data: names, keywords and phrases, as the model may write them."""
+    """What people wrote in a language in the embedded data: names, keywords and phrases, as the model may write
+    them."""
     phrases = emoji.phrases.get(lang, {})
     texts = [*emoji.names.get(lang, {}).values(), *phrases.get("labels", {}).values()]
     texts += [phrases[key] for key in ("yes", "no", "autonym") if key in phrases]
@@ -45,7 +47,8 @@ declaration = cache(load_udhr)  # of Human Rights, in 95 languages; read once
 
 
 def letters_of(emoji: Emoji, lang: str) -> set[str]:
-    """The letters and marks that a language may use: its scripts, cut down to what its texts have where scripts are shared."""
+    """The letters and marks that a language may use: its scripts, cut down to what its texts have where scripts are
+    shared."""
     scripts = LANGUAGES[lang].scripts
     letters = set().union(*(script_characters(script) for script in scripts))
     if SHARED & set(scripts):
