@@ -26,9 +26,19 @@ wrote:
     python -m nanomblip.data.filters --out FOLDER
 
 judges the Declaration of Human Rights and the names of the embedded data, each half of them with a language model of
-the other half. Of 8,317 paragraphs and 135,574 names it rejects:
+the other half. Rejected of 8,317 paragraphs in 94 languages and 135,574 names in 84:
 
-NUMBERS
+    rule            paragraphs       names
+    any rule            3.19 %      0.28 %
+    script              1.06 %      0.04 %   all of Kurdish, whose Declaration is in Latin letters
+    copy                0.00 %      0.04 %   Zulu and Filipino names that are English
+    repetition          0.01 %      0.00 %
+    length              0.10 %      0.08 %
+    sentences           0.07 %      0.01 %
+    digits              1.82 %      0.00 %   headings of seven languages: "Artigo XII", "مادهٔ بیستم"
+    language            0.13 %      0.09 %   Danish and Norwegian, Czech and Slovak, Indonesian and Malay
+
+Without these headings and Kurdish, 0.46 % of 5,463 paragraphs.
 """
 
 import re

