@@ -27,7 +27,7 @@ from stress_damage import Failure, damage_bytes, refused
 
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.emoji import load_emoji
-from nanomblip.measure.fidelity import LanguageID
+from nanomblip.data.language_id import LanguageID
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights import hub
 from nanomblip.weights.files import digest

@@ -21,7 +21,7 @@ import sample
 from nanomblip.data import folder as folders
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.image import ImageConfig
-from nanomblip.measure.fidelity import script_share
+from nanomblip.data.scripts import script_share
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights.files import write_json
 from nanomblip.weights.save import save_mblip

@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT))
 
 from nanomblip.data.emoji import Emoji, load_emoji, pair_split, unit_hash  # noqa: E402
 from nanomblip.data.image import ImageConfig, image_to_tensor  # noqa: E402
+from nanomblip.data.language_id import LanguageID  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
-from nanomblip.data.prompts import EVAL_PROMPT  # noqa: E402
 from nanomblip.data.processor import load_image_config  # noqa: E402
+from nanomblip.data.prompts import EVAL_PROMPT  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.measure.emoji_splits import answer, questions, score  # noqa: E402
-from nanomblip.measure.fidelity import LanguageID  # noqa: E402
 from nanomblip.model.generate import DECODING  # noqa: E402
 from nanomblip.model.mblip import MBLIP  # noqa: E402
 from nanomblip.training.warmup import name_places, name_scores  # noqa: E402

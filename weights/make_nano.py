@@ -33,13 +33,13 @@ sys.path.insert(0, str(ROOT))
 
 from nanomblip.data.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
 from nanomblip.data.image import ImageConfig, redraw  # noqa: E402
+from nanomblip.data.language_id import LanguageID  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
 from nanomblip.data.prompts import CAPTION, KEYWORDS, NAMING  # noqa: E402
+from nanomblip.data.scripts import normal  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.measure.emoji_splits import answer, mean, questions, score  # noqa: E402
-from nanomblip.measure.fidelity import LanguageID  # noqa: E402
-from nanomblip.measure.metrics import normal  # noqa: E402
 from nanomblip.model.attention import attend_path  # noqa: E402
 from nanomblip.model.generate import Decoding, write  # noqa: E402
 from nanomblip.model.int8_kernels import has_bf16  # noqa: E402
@@ -48,8 +48,14 @@ from nanomblip.model.mt5 import MT5, MT5Attention  # noqa: E402
 from nanomblip.model.qformer import QFormerAttention  # noqa: E402
 from nanomblip.model.vit import ViTAttention  # noqa: E402
 from nanomblip.training.optimizers import Muon  # noqa: E402
-from nanomblip.training.state import Interrupt, Log, State, keep_memory, remove_leftovers  # noqa: E402
-from nanomblip.training.warmup import names_loss, name_places, name_scores  # noqa: E402
+from nanomblip.training.state import (  # noqa: E402
+    Interrupt,
+    Log,
+    State,
+    keep_memory,
+    remove_leftovers,
+)
+from nanomblip.training.warmup import name_places, name_scores, names_loss  # noqa: E402
 from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
 from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402
 from nanomblip.weights.save import save_mblip, save_mt5, save_trained  # noqa: E402

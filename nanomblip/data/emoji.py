@@ -160,6 +160,15 @@ def load_emoji(concepts: str = "core", root: str | Path | None = None) -> Emoji:
     return Emoji(tuple(category), category, names, pictures, cells, phrases, root)
 
 
+def load_names(root: str | Path | None = None) -> dict[str, dict[str, str]]:
+    """Load all names, also those of emoji that are no concept here: language -> emoji -> name."""
+    root = Path(root) if root is not None else ROOT
+    names = {}
+    for lang, concept, name in _rows("names.tsv.xz", 3, root, read_sums(root)):
+        names.setdefault(lang, {})[concept] = name
+    return names
+
+
 def load_udhr(root: str | Path | None = None) -> dict[str, list[str]]:
     """Load the Universal Declaration of Human Rights: language -> paragraphs, running text for a language model."""
     root = Path(root) if root is not None else ROOT
@@ -180,13 +189,10 @@ def side_words(root: str | Path | None = None) -> frozenset[str]:
     Where a language writes no spaces, single characters or their shortest differing string ("左", "ซ้าย").
     """
     root = Path(root) if root is not None else ROOT
-    names = {}
-    for lang, concept, name in _rows("names.tsv.xz", 3, root, read_sums(root)):
-        names.setdefault(lang, {})[concept] = name.casefold()
     found = set()
-    for of_lang in names.values():
+    for of_lang in load_names(root).values():
         for left, right in MIRRORED:
-            a, b = of_lang.get(left, ""), of_lang.get(right, "")
+            a, b = of_lang.get(left, "").casefold(), of_lang.get(right, "").casefold()
             if a == b or not a or not b:
                 continue
             if " " in a and " " in b:

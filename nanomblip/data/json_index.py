@@ -2,12 +2,12 @@
 
 A mixture in the released format (Gregor/mblip-train) is one JSON array of objects {context, label, image_id}: a whole
 prompt, the text to write, and the file name of a picture. Five million of them are a gigabyte, and more than ten once
-they are Python objects, in every loader worker again. So the file is read once from front to back (`build_index`), each
-object is checked, and the place where it starts goes to a sidecar, `FILE.index`, as 8 bytes. From then on example n is
-one read of a few hundred bytes, and opening takes the same time however long the file is.
+they are Python objects, in every loader worker again. So the file is read once from front to back (`build_index`),
+each object is checked, and the place where it starts goes to a sidecar, `FILE.index`, as 8 bytes. From then on example
+n is one read of a few hundred bytes, and opening takes the same time however long the file is.
 
-    FILE.index = 4096 bytes of JSON (size, time and hash of head and tail of FILE, number of examples)
-                 + offsets, uint64 (count + 1,)
+    FILE.index = 4096 bytes (JSON: size, time and hash of head and tail of FILE, number of examples)
+                 + uint64 (count + 1,) offsets
 
 The sidecar is made again when FILE changes.
 """
@@ -28,6 +28,7 @@ CHUNK = 1 << 20  # characters or bytes read at a time
 LONGEST = 1 << 20  # characters of one example; more is damage, not an example
 HEAD = 4096  # bytes of the sidecar before the offsets
 FIELDS = ("context", "label", "image_id")
+DECODE, BLANK = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
 
 
 class MixtureError(ValueError):
@@ -63,77 +64,119 @@ def check_example(row) -> str | None:
     return None
 
 
-def scan(path: Path):
-    """Yield the byte at which each example of a JSON array starts, then the byte of its "]".
+class _Cursor:
+    """A place in a long JSON text that is read a few CHUNKs at a time; `place` is the byte of the file at which
+    text[at] stands."""
 
-    Every example is checked on the way. Memory: a few CHUNKs. Raises MixtureError naming the file and the byte for
-    anything but a whole array of good examples.
-    """
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
-    with open(path, "rb") as file:
-        place = 3 if file.read(3) == codecs.BOM_UTF8 else 0  # the byte of the file at which text[at] stands
-        file.seek(place)
-        text, at, ended, utf8 = "", 0, False, codecs.getincrementaldecoder("utf-8")()
+    def __init__(self, path: Path, file):
+        self.path, self.file = path, file
+        self.place = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(self.place)
+        self.text, self.at, self.ended, self.utf8 = "", 0, False, codecs.getincrementaldecoder("utf-8")()
 
-        def fail(problem: str, position: int | None = None):
-            there = place + len(text[at : at if position is None else position].encode())
-            raise MixtureError(f"{path}: byte {there:,}: {problem}; mend it or fetch it again")
+    def fail(self, problem: str, position: int | None = None):
+        there = self.place + len(self.text[self.at : self.at if position is None else position].encode())
+        raise MixtureError(f"{self.path}: byte {there:,}: {problem}; mend it or fetch it again")
 
-        def more():
-            """Forget what was dealt with, and read on."""
-            nonlocal text, at, ended
-            data = file.read(CHUNK)
-            pending = utf8.getstate()[0]  # the beginning of a character that the last chunk cut
+    def more(self):
+        """Forget what was dealt with, and read on."""
+        data = self.file.read(CHUNK)
+        pending = self.utf8.getstate()[0]  # the beginning of a character that the last chunk cut
+        try:
+            self.text, self.at = self.text[self.at :] + self.utf8.decode(data, final=not data), 0
+            self.ended = not data
+        except UnicodeDecodeError as error:
+            there = self.file.tell() - len(data) - len(pending) + error.start
+            raise MixtureError(f"{self.path}: byte {there:,}: not UTF-8; mend it or fetch it again") from None
+
+    def go(self, end: int):
+        self.place, self.at = self.place + len(self.text[self.at : end].encode()), end
+
+    def next_char(self) -> str:
+        """Skip blanks; the character that follows, "" at the end of the file."""
+        while True:
+            self.go(BLANK.match(self.text, self.at).end())
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def value(self) -> tuple[object, int]:
+        """The JSON value that starts here, and where it ends in `text`; the cursor stays."""
+        while True:
             try:
-                text, at, ended = text[at:] + utf8.decode(data, final=not data), 0, not data
-            except UnicodeDecodeError as error:
-                there = file.tell() - len(data) - len(pending) + error.start
-                raise MixtureError(f"{path}: byte {there:,}: not UTF-8; mend it or fetch it again") from None
+                value, end = DECODE(self.text, self.at)
+                if end < len(self.text) or self.ended:  # else 12 may be the beginning of 123
+                    return value, end
+            except (ValueError, RecursionError) as error:
+                if (
+                    self.ended or len(self.text) - self.at > LONGEST
+                ):  # else it may only be cut by the end of what was read
+                    problem, there = getattr(error, "msg", type(error).__name__), getattr(error, "pos", self.at)
+                    if self.ended and (there >= len(self.text.rstrip()) or problem.startswith("Unterminated")):
+                        self.fail("the file ends in the middle of the array", len(self.text))
+                    self.fail(f"not JSON ({problem})", there)
+            self.more()
 
-        def go(end: int):
-            nonlocal at, place
-            place, at = place + len(text[at:end].encode()), end
+    def enter(self, key: str) -> None:
+        """Go into an object {...} as far as the value of `key`, over the values before it."""
+        if self.next_char() != "{":
+            self.fail(f"the file does not begin with {{, so it is not a JSON object with {key!r}")
+        while True:
+            self.go(self.at + 1)
+            if self.next_char() != '"':
+                self.fail(f"there is no {key!r} in the object")
+            name, end = self.value()
+            self.go(end)
+            if self.next_char() != ":":
+                self.fail("expected : after a name")
+            self.go(self.at + 1)
+            self.next_char()
+            if name == key:
+                return
+            self.go(self.value()[1])
+            if self.next_char() != ",":
+                self.fail(f"there is no {key!r} in the object")
 
-        def next_char() -> str:
-            """Skip blanks; the character that follows, "" at the end of the file."""
+
+def read_array(path: Path, check, key: str | None = None, what: str = "example"):
+    """Yield (byte, value) of each element of a JSON array, then (byte, None) of its "]".
+
+    key: the array is that member of an object {...}, whatever follows it is not looked at; None: the array is the
+    whole file. check(value) says what is wrong with an element, None if nothing. Memory: a few CHUNKs. Raises
+    MixtureError naming the file and the byte for anything but a whole array of good elements.
+    """
+    with open(path, "rb") as file:
+        cursor = _Cursor(path, file)
+        if key is not None:
+            cursor.enter(key)
+        if cursor.next_char() != "[":
+            begins = "the file does not begin" if key is None else f"{key!r} does not begin"
+            cursor.fail(f"{begins} with [, so it is not a JSON array of {what}s")
+        cursor.go(cursor.at + 1)
+        if cursor.next_char() != "]":
             while True:
-                go(blank.match(text, at).end())
-                if at < len(text) or ended:
-                    return text[at : at + 1]
-                more()
-
-        if next_char() != "[":
-            fail("the file does not begin with [, so it is not a JSON array of examples")
-        go(at + 1)
-        if next_char() != "]":
-            while True:
-                while True:
-                    try:
-                        row, end = decode(text, at)
-                        break
-                    except (ValueError, RecursionError) as error:
-                        if ended or len(text) - at > LONGEST:  # else it may only be cut by the end of what was read
-                            problem, there = getattr(error, "msg", type(error).__name__), getattr(error, "pos", at)
-                            if ended and (there >= len(text.rstrip()) or problem.startswith("Unterminated")):
-                                fail("the file ends in the middle of the array", len(text))
-                            fail(f"not JSON ({problem})", there)
-                    more()
-                problem = check_example(row)
+                value, end = cursor.value()
+                problem = check(value)
                 if problem:
-                    fail(f"example: {problem}")
-                yield place
-                go(end)
-                c = next_char()
+                    cursor.fail(f"{what}: {problem}")
+                yield cursor.place, value
+                cursor.go(end)
+                c = cursor.next_char()
                 if c == "]":
                     break
                 if c != ",":
-                    fail("expected , or ] after an example" if c else "the file ends in the middle of the array")
-                go(at + 1)
-                next_char()
-        yield place
-        go(at + 1)
-        if next_char():
-            fail("something follows the array")
+                    cursor.fail(f"expected , or ] after an {what}" if c else "the file ends in the middle of the array")
+                cursor.go(cursor.at + 1)
+                cursor.next_char()
+        yield cursor.place, None
+        cursor.go(cursor.at + 1)
+        if key is None and cursor.next_char():
+            cursor.fail("something follows the array")
+
+
+def scan(path: Path):
+    """Yield the byte at which each example of a mixture file starts, then the byte of its "]"; see `read_array`."""
+    return (place for place, _ in read_array(path, check_example))
 
 
 def build_index(path: Path, progress=None) -> Path:
@@ -211,7 +254,9 @@ class JsonExamples:
         start, end = (int(place) for place in self.offsets[n : n + 2])
         if not 0 < end - start <= 4 * (LONGEST + CHUNK):  # bytes of so many characters
             sidecar = self.path.with_name(self.path.name + ".index")
-            raise MixtureError(f"{sidecar}: example {n:,} lies at bytes {start:,} to {end:,}; delete it, and it is made again")
+            raise MixtureError(
+                f"{sidecar}: example {n:,} lies at bytes {start:,} to {end:,}; delete it, and it is made again"
+            )
         if self.file is None or self.file[0] != os.getpid():  # a file position must not be shared between processes
             self.file = os.getpid(), open(self.path, "rb", buffering=0)
         file = self.file[1]

@@ -26,8 +26,17 @@ import torch
 
 from nanomblip.data.emoji import HELD_OUT_LANGS, load_emoji
 from nanomblip.flags import parse_flags, run_main
-from nanomblip.measure.ablation_suites import (HERE, TASKS, Config, find_current, flags_of,
-                                                  read_records, resolved, same_run, setting_of)  # fmt: skip
+from nanomblip.measure.ablation_suites import (
+    HERE,
+    TASKS,
+    Config,
+    find_current,
+    flags_of,
+    read_records,  # fmt: skip
+    resolved,
+    same_run,
+    setting_of,
+)
 from nanomblip.measure.ablation_tables import write_tables
 from nanomblip.weights.files import RunLock, read_json, write_json
 from nanomblip.weights.load import load_mblip

@@ -7,11 +7,11 @@ from PIL import Image
 
 from nanomblip.data.emoji import TEST_ARTISTS, Emoji, pair_split, unit_hash
 from nanomblip.data.image import ImageConfig, image_to_tensor
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, resource_group, script_group
 from nanomblip.data.prompts import EVAL_PROMPT
+from nanomblip.data.scripts import normal
 from nanomblip.data.tokenizer import Tokenizer
-from nanomblip.measure.fidelity import LanguageID
-from nanomblip.measure.metrics import normal
 from nanomblip.model.generate import Decoding, generate
 from nanomblip.model.mblip import MBLIP
 

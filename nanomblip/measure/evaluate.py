@@ -27,15 +27,16 @@ from nanomblip.data.decode import ImageError, load_image
 from nanomblip.data.emoji import Emoji, load_emoji
 from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.json_mixture import image_path
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.mixture import TASKS, Mixture
-from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.processor import load_image_config
+from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.benchmarks import OUTSIDE, READERS, Item, read_benchmark
 from nanomblip.measure.emoji_splits import GREEDY, MEASUREMENTS, questions
-from nanomblip.measure.fidelity import LanguageID, language_masks
+from nanomblip.measure.fidelity import language_masks
 from nanomblip.measure.metrics import missing_segmenters
 from nanomblip.measure.scores import report, scores_of, summarise
 from nanomblip.model.generate import DECODING, Decoding, generate

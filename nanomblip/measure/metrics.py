@@ -18,10 +18,7 @@ from functools import cache
 
 import numpy as np
 
-
-def normal(text: str) -> str:
-    """The form in which names are compared: NFC, no case, no outer or double spaces."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+from nanomblip.data.scripts import normal
 
 
 def exact_match(answer: str, label: str) -> bool:

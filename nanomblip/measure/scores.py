@@ -5,9 +5,10 @@ Languages count equally in every mean, and every mean has a bootstrap interval.
 
 from collections import defaultdict
 
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, resource_group, script_group
+from nanomblip.data.scripts import script_share
 from nanomblip.measure.benchmarks import OUTSIDE, Item
-from nanomblip.measure.fidelity import LanguageID, script_share
 from nanomblip.measure.metrics import (
     above_chance,
     caption_tokens,

@@ -12,13 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from nanomblip.training.config import MACHINE
 from nanomblip.data.emoji import HELD_OUT_LANGS
 from nanomblip.measure import ablate
 from nanomblip.measure.ablate import record_name
-from nanomblip.measure.ablation_suites import (BEGIN, END, EXPERIMENTS, SUITES, TASKS, Config, find_current, find_record, flags_of,
-                                               read_records, resolved, same_run, setting_of, settings_of)  # fmt: skip
+from nanomblip.measure.ablation_suites import (
+    BEGIN,
+    END,
+    EXPERIMENTS,
+    SUITES,
+    TASKS,
+    Config,
+    find_current,
+    find_record,
+    flags_of,
+    read_records,  # fmt: skip
+    resolved,
+    same_run,
+    setting_of,
+    settings_of,
+)
 from nanomblip.measure.ablation_tables import tables, verdict, write_tables
+from nanomblip.training.config import MACHINE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,12 +12,19 @@ from PIL import Image
 
 from nanomblip.data.emoji import ROOT, load_emoji, pair_split, picture_split
 from nanomblip.data.image import ImageConfig, array_to_tensor
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import script_group
+from nanomblip.data.scripts import normal
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.measure import evaluate
-from nanomblip.measure.emoji_splits import MEASUREMENTS, answer, pick_examples, questions, score, table
-from nanomblip.measure.fidelity import LanguageID
-from nanomblip.measure.metrics import normal
+from nanomblip.measure.emoji_splits import (
+    MEASUREMENTS,
+    answer,
+    pick_examples,
+    questions,
+    score,
+    table,
+)
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights.files import write_json

@@ -10,10 +10,12 @@ from conftest import randomise
 
 from nanomblip.data.emoji import ROOT, load_emoji
 from nanomblip.data.image import ImageConfig
+from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import script_group
+from nanomblip.data.scripts import script_of, script_share
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.measure.emoji_splits import answer, questions, score
-from nanomblip.measure.fidelity import LanguageID, language_masks, language_pieces, letters_of, script_of, script_share
+from nanomblip.measure.fidelity import language_masks, language_pieces, letters_of
 from nanomblip.model.mblip import MBLIP, PRESETS
 
 

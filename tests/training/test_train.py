@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.model.lora import lora_layers
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.model.mt5 import MT5
-from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.training import setup
 from nanomblip.training.parts import model_parts
 from nanomblip.training.setup import build_mblip

@@ -4,7 +4,7 @@ import torch
 
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.tokenizer import Tokenizer
-from nanomblip.training.warmup import TAU, names_loss, name_places
+from nanomblip.training.warmup import TAU, name_places, names_loss
 
 
 def test_pieces_are_stretched_over_the_places():

@@ -9,7 +9,14 @@ import torch
 from conftest import TINY, randomise, tiny_mblip, transformers_inputs
 from safetensors.torch import load_file
 
-from nanomblip.weights.layout import WeightsError, config_from_hf, config_to_hf, mt5_config_from_hf, mt5_config_to_hf, vision_config_from_hf
+from nanomblip.weights.layout import (
+    WeightsError,
+    config_from_hf,
+    config_to_hf,
+    mt5_config_from_hf,
+    mt5_config_to_hf,
+    vision_config_from_hf,
+)
 from nanomblip.weights.load import load_mblip, load_mt5
 from nanomblip.weights.save import save_mblip, save_mt5, stored_parameters
 
