@@ -33,41 +33,16 @@ from nanomblip.data.json_mixture import unusable_pictures
 from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.flags import parse_flags, run_main
-from nanomblip.measure.emoji_splits import (
-    MEASUREMENTS,
-    Validation,
-    evaluate,
-    summary,
-    table,
-)
+from nanomblip.measure.emoji_splits import MEASUREMENTS, Validation, evaluate, summary, table
 from nanomblip.model.generate import DECODING
 from nanomblip.model.int8_kernels import has_bf16
 from nanomblip.training.config import CLIP, MACHINE, Config, resolve, resumed_config
 from nanomblip.training.features import CachedFeatures, LiveFeatures, Loader, WorkerDied
-from nanomblip.training.parts import (
-    add_checkpointing,
-    mark_trainable,
-    model_parts,
-    parameter_count,
-    parts_table,
-)
+from nanomblip.training.parts import add_checkpointing, mark_trainable, model_parts, parameter_count, parts_table
 from nanomblip.training.saver import Saver
-from nanomblip.training.setup import (
-    build_batches,
-    build_start,
-    languages_of,
-    parameters_of,
-    source_folders,
-)
+from nanomblip.training.setup import build_batches, build_start, languages_of, parameters_of, source_folders
 from nanomblip.training.stages import Stage, build_stages, precision
-from nanomblip.training.state import (
-    Interrupt,
-    Log,
-    State,
-    keep_memory,
-    pick_device,
-    remove_leftovers,
-)
+from nanomblip.training.state import Interrupt, Log, State, keep_memory, pick_device, remove_leftovers
 from nanomblip.weights.files import RunLock, digest, write_json
 
 

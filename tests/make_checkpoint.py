@@ -20,13 +20,7 @@ from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.model.mblip import MBLIP, PRESETS, MBLIPConfig
 from nanomblip.weights.files import BLOCK, write_json
-from nanomblip.weights.layout import (
-    EMBED_ALIASES,
-    config_to_hf,
-    mt5_config_to_hf,
-    mt5_names,
-    official_names,
-)
+from nanomblip.weights.layout import EMBED_ALIASES, config_to_hf, mt5_config_to_hf, mt5_names, official_names
 from nanomblip.weights.save import write_shards
 
 

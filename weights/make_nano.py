@@ -48,13 +48,7 @@ from nanomblip.model.mt5 import MT5, MT5Attention  # noqa: E402
 from nanomblip.model.qformer import QFormerAttention  # noqa: E402
 from nanomblip.model.vit import ViTAttention  # noqa: E402
 from nanomblip.training.optimizers import Muon  # noqa: E402
-from nanomblip.training.state import (  # noqa: E402
-    Interrupt,
-    Log,
-    State,
-    keep_memory,
-    remove_leftovers,
-)
+from nanomblip.training.state import Interrupt, Log, State, keep_memory, remove_leftovers  # noqa: E402
 from nanomblip.training.warmup import name_places, name_scores, names_loss  # noqa: E402
 from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
 from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402

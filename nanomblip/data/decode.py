@@ -26,13 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nanomblip.data.metadata import (
-    COMPRESSION,
-    FAX,
-    ORIENTATION,
-    PHOTOMETRIC,
-    without_metadata,
-)
+from nanomblip.data.metadata import COMPRESSION, FAX, ORIENTATION, PHOTOMETRIC, without_metadata
 
 MAX_PIXELS = 50_000_000
 

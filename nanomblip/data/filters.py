@@ -181,9 +181,7 @@ class Report:
 
     def plot(self, path: Path | str) -> None:
         """A bar for each language, the worst first, in the colours of the rules: a PNG."""
-        from matplotlib.figure import (
-            Figure,  # the class alone: no window, no global state
-        )
+        from matplotlib.figure import Figure  # the class alone: no window, no global state
 
         langs = self.worst()
         figure = Figure(figsize=(max(4, 0.16 * len(langs) + 1.5), 4), layout="constrained")

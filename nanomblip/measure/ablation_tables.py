@@ -5,15 +5,7 @@ import os
 import statistics
 from pathlib import Path
 
-from nanomblip.measure.ablation_suites import (
-    BEGIN,
-    END,
-    Config,
-    Suite,
-    find_record,
-    read_records,
-    settings_of,
-)
+from nanomblip.measure.ablation_suites import BEGIN, END, Config, Suite, find_record, read_records, settings_of
 from nanomblip.weights.files import write_atomic
 
 

@@ -9,12 +9,7 @@ from nanomblip.training.parts import model_parts, parameter_count
 from nanomblip.training.setup import Start
 from nanomblip.training.state import State
 from nanomblip.weights.adapter import save_adapter
-from nanomblip.weights.save import (
-    frozen_fingerprint,
-    save_mblip,
-    save_merged,
-    save_trained,
-)
+from nanomblip.weights.save import frozen_fingerprint, save_mblip, save_merged, save_trained
 
 
 class Saver:

@@ -18,11 +18,7 @@ from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.training.config import Config
 from nanomblip.weights.files import read_json
 from nanomblip.weights.hub import MODELS, download
-from nanomblip.weights.layout import (
-    config_from_hf,
-    mt5_config_from_hf,
-    vision_config_from_hf,
-)
+from nanomblip.weights.layout import config_from_hf, mt5_config_from_hf, vision_config_from_hf
 from nanomblip.weights.load import load_mblip, load_mt5, load_vision
 
 HERE = Path(__file__).resolve().parents[2]

@@ -9,13 +9,7 @@ import torch.nn as nn
 from nanomblip.model.int8 import Int8Linear, quantize_rows
 from nanomblip.model.lora import LoRALinear, check_lora, lora_layers
 from nanomblip.model.mt5 import MT5
-from nanomblip.weights.files import (
-    digest,
-    open_safetensors,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from nanomblip.weights.files import digest, open_safetensors, read_json, save_tensors, write_json
 from nanomblip.weights.layout import MT5_KEYS, WeightsError, _expand, is_empty, shown
 from nanomblip.weights.save import held_tensors
 from nanomblip.weights.tensors import blocks_of, read_tensor

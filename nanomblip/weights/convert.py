@@ -22,13 +22,7 @@ from pathlib import Path
 import torch
 
 from nanomblip.flags import run_main
-from nanomblip.weights.files import (
-    BLOCK,
-    SAFETENSORS_NAMES,
-    is_plain_name,
-    open_safetensors,
-    read_json,
-)
+from nanomblip.weights.files import BLOCK, SAFETENSORS_NAMES, is_plain_name, open_safetensors, read_json
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import INDEX, SINGLE
 from nanomblip.weights.records import RECORD, read_record, write_record

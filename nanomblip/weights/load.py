@@ -21,13 +21,7 @@ import torch.nn as nn
 from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.mblip import MBLIP
 from nanomblip.model.mt5 import MT5
-from nanomblip.weights.files import (
-    SAFETENSORS_NAMES,
-    digest,
-    is_plain_name,
-    open_safetensors,
-    read_json,
-)
+from nanomblip.weights.files import SAFETENSORS_NAMES, digest, is_plain_name, open_safetensors, read_json
 from nanomblip.weights.layout import (
     EMBED_ALIASES,
     WeightsError,
@@ -42,13 +36,7 @@ from nanomblip.weights.layout import (
     vision_config_from_hf,
 )
 from nanomblip.weights.records import check_record
-from nanomblip.weights.tensors import (
-    check_slice,
-    convert,
-    quantize,
-    read_tensor,
-    same_tensor,
-)
+from nanomblip.weights.tensors import check_slice, convert, quantize, read_tensor, same_tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # of --vision_dtype and --llm_dtype

@@ -33,13 +33,7 @@ from nanomblip.weights.layout import (
     mt5_names,
     official_names,
 )
-from nanomblip.weights.load import (
-    INDEX,
-    SINGLE,
-    _digest_of_bases,
-    _places_of_bases,
-    build,
-)
+from nanomblip.weights.load import INDEX, SINGLE, _digest_of_bases, _places_of_bases, build
 from nanomblip.weights.records import RECORD, write_record
 from nanomblip.weights.tensors import blocks_of, check_slice, checked
 

@@ -13,13 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from nanomblip.data.decode import (
-    FORMATS,
-    MAX_PIXELS,
-    ImageError,
-    list_images,
-    load_image,
-)
+from nanomblip.data.decode import FORMATS, MAX_PIXELS, ImageError, list_images, load_image
 from nanomblip.data.image import ImageConfig, augment_image, image_to_tensor
 
 Y, X = np.mgrid[:24, :20]

@@ -10,12 +10,7 @@ from nanomblip.data import filters
 from nanomblip.data.filters import RULES, Report, judge, judge_people, sentences, words
 from nanomblip.data.language_id import fold, sentence_id
 from nanomblip.data.languages import LANGUAGES
-from nanomblip.data.parallel import (
-    align,
-    length_scale,
-    parallel_declaration,
-    parallel_names,
-)
+from nanomblip.data.parallel import align, length_scale, parallel_declaration, parallel_names
 from nanomblip.data.scripts import digits
 from nanomblip.measure.metrics import chrf
 

@@ -8,14 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanomblip.data.image import (
-    ImageConfig,
-    array_to_tensor,
-    augment_image,
-    image_to_tensor,
-    random_crop_box,
-    redraw,
-)
+from nanomblip.data.image import ImageConfig, array_to_tensor, augment_image, image_to_tensor, random_crop_box, redraw
 
 Y, X = np.mgrid[:24, :20]
 PIXELS = np.stack([X * 12, Y * 10, (X + Y) * 5], -1).astype(np.uint8)  # (24, 20, 3), every corner is different

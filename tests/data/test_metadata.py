@@ -9,18 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from test_decode import (
-    BASE,
-    PIXELS,
-    encode,
-    make_png,
-    needs_avif,
-    png,
-    png_chunk,
-    read,
-    segment,
-    tiff,
-)
+from test_decode import BASE, PIXELS, encode, make_png, needs_avif, png, png_chunk, read, segment, tiff
 
 from nanomblip.data.metadata import without_metadata
 

@@ -12,15 +12,7 @@ from nanomblip.data import prompts
 from nanomblip.data.emoji import ROOT, load_emoji, pair_split, picture_split
 from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.languages import LANGUAGES, parse_lang_mix
-from nanomblip.data.mixture import (
-    LABELS,
-    NEEDS,
-    NOT_EMBEDDED,
-    TASKS,
-    Batches,
-    Mixture,
-    parse_tasks,
-)
+from nanomblip.data.mixture import LABELS, NEEDS, NOT_EMBEDDED, TASKS, Batches, Mixture, parse_tasks
 from nanomblip.data.prompts import CAPTION, EXISTS, MATCH, NAMING, QUESTION, VQA
 from nanomblip.data.tokenizer import Tokenizer
 

@@ -17,14 +17,7 @@ from nanomblip.data.languages import script_group
 from nanomblip.data.scripts import normal
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.measure import evaluate
-from nanomblip.measure.emoji_splits import (
-    MEASUREMENTS,
-    answer,
-    pick_examples,
-    questions,
-    score,
-    table,
-)
+from nanomblip.measure.emoji_splits import MEASUREMENTS, answer, pick_examples, questions, score, table
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights.files import write_json

@@ -9,12 +9,7 @@ import torch.nn as nn
 from test_lora import model, run, run_hf
 
 from nanomblip.model import int8_kernels as kernels
-from nanomblip.model.int8 import (
-    Int8Linear,
-    int8_product,
-    quantize_linears,
-    quantize_rows,
-)
+from nanomblip.model.int8 import Int8Linear, int8_product, quantize_linears, quantize_rows
 from nanomblip.model.int8_kernels import int8_path
 from nanomblip.model.lora import add_lora, lora_layers, merge_lora, unmerge_lora
 from nanomblip.weights.adapter import load_adapter, save_adapter

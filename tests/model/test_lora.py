@@ -9,13 +9,7 @@ import torch.nn as nn
 from conftest import TINY, randomise
 from safetensors.torch import load_file, save_file
 
-from nanomblip.model.lora import (
-    LoRALinear,
-    add_lora,
-    lora_layers,
-    merge_lora,
-    unmerge_lora,
-)
+from nanomblip.model.lora import LoRALinear, add_lora, lora_layers, merge_lora, unmerge_lora
 from nanomblip.model.mt5 import MT5, MT5Config
 from nanomblip.weights.adapter import load_adapter, save_adapter
 from nanomblip.weights.files import digest

@@ -11,13 +11,7 @@ from conftest import TINY_NLLB, randomise, save_nllb, tiny_nllb
 from nanomblip.model.attention import KVCache, attend_path
 from nanomblip.model.generate import Decoding
 from nanomblip.model.int8 import Int8Linear, quantize_linears
-from nanomblip.model.nllb import (
-    NLLB,
-    NLLB_PRESETS,
-    NLLBConfig,
-    sinusoids,
-    translate_tokens,
-)
+from nanomblip.model.nllb import NLLB, NLLB_PRESETS, NLLBConfig, sinusoids, translate_tokens
 from nanomblip.weights.nllb import load_nllb, nllb_names
 
 V, PAD, EOS = TINY_NLLB.vocab, TINY_NLLB.pad, TINY_NLLB.eos
@@ -57,9 +51,7 @@ def test_sizes_that_do_not_fit_are_refused(bad):
 
 
 def test_sinusoids_equal_transformers():
-    from transformers.models.m2m_100.modeling_m2m_100 import (
-        M2M100SinusoidalPositionalEmbedding,
-    )
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 
     want = M2M100SinusoidalPositionalEmbedding.get_embedding(1300, 64, padding_idx=None)
     torch.testing.assert_close(sinusoids(torch.arange(1300)[None], 64)[0], want, atol=1e-6, rtol=0)

@@ -8,15 +8,7 @@ import pytest
 from conftest import tiny_mblip
 
 from nanomblip.weights import files
-from nanomblip.weights.files import (
-    RunLock,
-    lock,
-    put_in_place,
-    read_json,
-    save_tensors,
-    write_atomic,
-    write_json,
-)
+from nanomblip.weights.files import RunLock, lock, put_in_place, read_json, save_tensors, write_atomic, write_json
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip
 from nanomblip.weights.records import RECORD, check_record, write_record

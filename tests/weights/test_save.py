@@ -16,14 +16,7 @@ from nanomblip.weights.files import digest
 from nanomblip.weights.layout import WeightsError, config_to_hf
 from nanomblip.weights.load import INDEX, SINGLE, load_mblip, load_mt5
 from nanomblip.weights.records import RECORD, write_record
-from nanomblip.weights.save import (
-    held_tensors,
-    save_mblip,
-    save_merged,
-    save_mt5,
-    save_trained,
-    write_tensors,
-)
+from nanomblip.weights.save import held_tensors, save_mblip, save_merged, save_mt5, save_trained, write_tensors
 
 SMALL_SHARDS = 120_000
 
