@@ -1,5 +1,7 @@
 """The official models on the hub: where each is, and which of its files are needed."""
 
+from nanomblip.weights.load import SINGLE
+
 # Name -> repository and revision. A branch can move, so the commit that it meant is kept in the record of the folder;
 # see weights/OFFICIAL.md.
 MODELS = {
@@ -22,3 +24,19 @@ PINNED = {
 NLLB_TOKENIZER = (4_852_054, "14bb8dfb35c0ffdea7bc01e56cea38b9e3d5efcdcb9c251d6b40538e1aab555a")  # of all four
 WANTED = ("config.json", "preprocessor_config.json", "processor_config.json", "spiece.model", "sentencepiece.bpe.model",
           "tokenizer_config.json", "special_tokens_map.json")  # fmt: skip
+
+
+class HubError(ValueError):
+    """A download that did not succeed; the message names the file, what happened and what to do."""
+
+
+def check_pinned(name: str, commit: str, offered: dict[str, tuple[int, str]]) -> None:
+    """Raise HubError unless a branch has the known tokenizer and weights (or commit, where their sha256 is unknown)."""
+    start, sha = PINNED[name]
+    same = offered.get(SINGLE, (0, ""))[1] == sha if sha else commit.startswith(start)
+    if not same or offered.get("sentencepiece.bpe.model") != NLLB_TOKENIZER:
+        repository, revision = MODELS[name]
+        raise HubError(
+            f"{repository}@{revision}: has other files than it had (now at commit {commit}, once at {start}...); "
+            f"look at them there, and if you trust them ask for {repository}@{commit}"
+        )

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import requests
 from tqdm import tqdm
 
-from nanomblip.weights.catalogue import MODELS, NLLB_TOKENIZER, PINNED, WANTED
+from nanomblip.weights.catalogue import MODELS, PINNED, WANTED, HubError, check_pinned
 from nanomblip.weights.files import RunLock, is_plain_name, put_in_place
 from nanomblip.weights.load import INDEX, SINGLE, weight_map
 from nanomblip.weights.records import RECORD, read_record, write_record
@@ -35,10 +35,6 @@ BACKOFF = 1.0  # seconds before the second try, doubled each time
 LONGEST_WAIT = 120.0  # seconds, whatever Retry-After says
 CHUNK = 1 << 20
 LARGEST_JSON = 50_000_000  # bytes of an answer that is kept in memory, and of any file but the weights
-
-
-class HubError(ValueError):
-    """A download that did not succeed; the message names the file, what happened and what to do."""
 
 
 def _token() -> str:
@@ -131,7 +127,7 @@ def _download(name: str, folder: Path, skip: str | None) -> None:
             session.headers.update({"User-Agent": "nanomblip", "Accept-Encoding": "identity"})
             commit, offered = _list_files(session, endpoint, repository, revision)
             if short in PINNED and asked == pinned:
-                _check_pinned(short, commit, offered)
+                check_pinned(short, commit, offered)
             files = _fetch_all(session, f"{endpoint}/{repository}/resolve/{commit}", folder, repository, offered, skip)
         write_record(folder, files, dict(repository=repository, revision=asked, commit=commit))
     finally:
@@ -188,18 +184,6 @@ def _list_files(session, endpoint: str, repository: str, revision: str) -> tuple
     if "config.json" not in files:
         raise HubError(f"{repository}@{revision}: has no config.json, so it is not a model in the official layout")
     return commit, files
-
-
-def _check_pinned(name: str, commit: str, offered: dict[str, tuple[int, str]]) -> None:
-    """Raise HubError unless a branch has the known tokenizer and weights (or commit, where their sha256 is unknown)."""
-    start, sha = PINNED[name]
-    same = offered.get(SINGLE, (0, ""))[1] == sha if sha else commit.startswith(start)
-    if not same or offered.get("sentencepiece.bpe.model") != NLLB_TOKENIZER:
-        repository, revision = MODELS[name]
-        raise HubError(
-            f"{repository}@{revision}: has other files than it had (now at commit {commit}, once at {start}...); "
-            f"look at them there, and if you trust them ask for {repository}@{commit}"
-        )
 
 
 def _shards(folder: Path, repository: str, offered: dict, skip: str | None) -> list[str]:
