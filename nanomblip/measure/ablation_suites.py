@@ -19,8 +19,8 @@ EXPERIMENTS = {
     "warmup-projection": "--warmup projection",
     "warmup-none": "--warmup none",
     "random-qformer": "--vision @random",
-    "task-mixture": "",
-    "captions-only": "--tasks caption",
+    "task-mixture": f"--tasks {training.MIXTURE}",
+    "captions-only": "",
     "english-only": "--lang_mix en",
     "lora-none": "--lora none",
     "lora-qv": "--lora qv",
@@ -94,8 +94,8 @@ SUITES = {
                   "answers in the wrong language are left open; a mask can only help with it", "higher", 1.0),
 }  # fmt: skip
 # What is measured of an experiment; of the others captions.
-TASKS = {name: ("caption", "choice", "caption+mask") for name in ("baseline", "task-mixture", "qformer-slow")}
-TASKS["captions-only"] = ("caption", "choice")
+TASKS = {name: ("caption", "choice", "caption+mask") for name in ("baseline", "captions-only", "qformer-slow")}
+TASKS["task-mixture"] = ("caption", "choice")
 BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from nanomblip.data.mixture import Batches
 from nanomblip.model.mblip import MBLIP
-from nanomblip.training.state import ignore_interrupt
+from nanomblip.training.state import begin_worker
 
 LARGEST_CACHE = 4_000_000_000  # bytes
 
@@ -71,7 +71,7 @@ class Loader:
 
     def __init__(self, batches: torch.utils.data.Dataset, start: int, workers: int, device: torch.device):
         numbers = range(start, 2**62)
-        options = dict(batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_interrupt)
+        options = dict(batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=begin_worker)
         self.batches, self.device = iter(DataLoader(batches, **options)), device
 
     def __next__(self) -> dict[str, torch.Tensor]:

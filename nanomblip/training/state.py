@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from nanomblip.weights.files import digest, open_safetensors, save_tensors, write_atomic
+from nanomblip.weights.files import RunLock, digest, open_safetensors, save_tensors, write_atomic
 from nanomblip.weights.layout import WeightsError
 
 
@@ -188,8 +188,10 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
-def ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process decides
+def begin_worker(worker: int) -> None:
+    """In a loader worker: Ctrl-C reaches the whole process group, but the main process decides; and so for its locks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    RunLock.drop_copies()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -158,15 +158,25 @@ def lock(file: int) -> None:
 class RunLock:
     """Holds a run's folder for this process, as long as the object lives; ValueError when another process has it."""
 
+    held = set()  # descriptors of the locks of this process
+
     def __init__(self, folder: Path):
         self.file = None
         if fcntl is not None:  # Windows cannot even open a folder
             self.file = os.open(folder, os.O_RDONLY)
+            self.held.add(self.file)
             try:
                 lock(self.file)
             except BlockingIOError:
                 raise ValueError(f"{folder}: another process is at work in this run; wait for it or stop it") from None
 
+    @classmethod
+    def drop_copies(cls) -> None:
+        """Called in a forked child: with its copies of the descriptors it would hold the locks after its parent died."""
+        while cls.held:
+            os.close(cls.held.pop())
+
     def __del__(self):
-        if self.file is not None:
+        if self.file in self.held:
+            self.held.discard(self.file)
             os.close(self.file)

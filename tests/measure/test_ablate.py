@@ -113,7 +113,7 @@ def test_verdicts():
 def test_a_record_counts_for_all_experiments_with_its_flags_and_is_stale_when_a_default_changes(cfg):
     put(cfg, {"baseline": [0.3]})
     records, setting = read_records(cfg.records), setting_of(cfg)
-    assert {"baseline", "task-mixture", "lora-all", "fp32", "qformer-slow"} <= set(records[0]["experiments"]) and "int8" not in records[0]["experiments"]
+    assert {"baseline", "captions-only", "lora-all", "fp32", "qformer-slow"} <= set(records[0]["experiments"]) and "int8" not in records[0]["experiments"]
     assert find_current("fp32", 0, cfg, records) and find_record("fp32", 0, setting, records) and find_current("baseline", 1, cfg, records) is None
     assert find_current("projection-only", 0, cfg, records) is None
     for other in (replace(cfg, steps=5), replace(cfg, limit=5), replace(cfg, extra="--redraw 0")):

@@ -3,6 +3,9 @@
 import errno
 import hashlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import tiny_mblip
@@ -13,6 +16,9 @@ from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip
 from nanomblip.weights.records import RECORD, check_record, write_record
 from nanomblip.weights.save import save_mblip
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fail(number, only=lambda *args: True, real=None):
@@ -137,3 +143,24 @@ def test_a_model_on_a_read_only_place_with_new_times_is_hashed_and_used(tmp_path
         (tmp_path / "model.safetensors").write_bytes(data)
     check_record(tmp_path)  # writable again: the new times are noted
     assert (tmp_path / RECORD).read_bytes() != before
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_parent_that_died(tmp_path):
+    """The kernel gives a lock back when its last copy is closed; a loader worker that outlives its parent has one."""
+    code = (
+        "import os, sys, time; from nanomblip.weights.files import RunLock\n"
+        "lock = RunLock(sys.argv[1])\n"
+        "if os.fork() == 0:\n"
+        "    RunLock.drop_copies(); print(os.getpid(), flush=True); time.sleep(60)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(parent.stdout.readline())
+    try:
+        with pytest.raises(ValueError, match="another process"):
+            RunLock(tmp_path)
+        parent.kill()
+        parent.wait()
+        RunLock(tmp_path)
+    finally:
+        os.kill(child, 9)
