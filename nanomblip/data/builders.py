@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomblip.data import prompts
-from nanomblip.data.image import EXTENSIONS
+from nanomblip.data.decode import EXTENSIONS
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.scripts import normal
 from nanomblip.data.sources import Pictures, clean, expect, rows

@@ -1,4 +1,4 @@
-"""Data sets' own files for builders.py: their rows, checked, and which of their pictures may be trained on."""
+"""Data sets' own files for builders.py: their rows one by one, checked, and which of their pictures may be used."""
 
 import re
 from collections import Counter
