@@ -19,7 +19,7 @@ from nanomblip.training.config import Config
 from nanomblip.weights.files import read_json
 from nanomblip.weights.hub import MODELS, download
 from nanomblip.weights.layout import config_from_hf, mt5_config_from_hf, vision_config_from_hf
-from nanomblip.weights.load import load_mblip, load_mt5, load_vision
+from nanomblip.weights.load import load_mblip, load_mt5, load_vision, sizes_of
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -55,15 +55,13 @@ def source_folders(cfg: Config) -> tuple[Path, ...]:
 
 def parameters_of(folders: tuple[Path, ...]) -> int:
     """How many parameters the model of these folders has, by their config.json alone."""
-    configs = [read_json(folder / "config.json") for folder in folders]
-    if not configs:
+    if not folders:
         sizes = PRESETS["nano"]
+    elif len(folders) == 1:
+        sizes = sizes_of(*folders, config_from_hf)
     else:
-        sizes = (
-            config_from_hf(*configs)
-            if len(configs) == 1
-            else vision_config_from_hf(configs[0], mt5_config_from_hf(configs[1]))
-        )
+        llm = sizes_of(folders[1], mt5_config_from_hf)
+        sizes = sizes_of(folders[0], lambda hf: vision_config_from_hf(hf, llm))
     with torch.device("meta"):
         return sum(p.numel() for p in MBLIP(sizes).parameters())
 

@@ -139,15 +139,13 @@ def _load_on_bases(
     folder: Path, config: dict, dtype: torch.dtype, vision_dtype: str | None, llm_dtype: str | None
 ) -> MBLIP:
     """The model of a folder that `save_trained` wrote; errors as in `load_mblip`."""
-    bases = config["bases"]
-    if not (isinstance(bases, dict) and set(bases) == {"vision", "language_model", "sha256", "trained_sha256"}
-            and all(isinstance(value, str) for value in bases.values())):  # fmt: skip
-        raise WeightsError(
-            f"{folder / 'config.json'}: bases must name vision, language_model, sha256 and trained_sha256"
-        )
+    bases, keys = config["bases"], ["language_model", "sha256", "trained_sha256", "vision"]
+    if not (isinstance(bases, dict) and sorted(bases) == keys and all(isinstance(v, str) for v in bases.values())):
+        raise WeightsError(f"{folder / 'config.json'}: bases must name {', '.join(keys)}")
     vision, llm = folder / bases["vision"], folder / bases["language_model"]
-    of_bases = [_read_config(base) for base in (vision, llm)]  # before their weights are read, which takes a while
-    if config_from_hf(config) != vision_config_from_hf(of_bases[0], mt5_config_from_hf(of_bases[1])):
+    # All three before the weights are read, which takes a while.
+    own, of_llm = sizes_of(folder, config_from_hf), sizes_of(llm, mt5_config_from_hf)
+    if own != sizes_of(vision, lambda hf: vision_config_from_hf(hf, of_llm)):
         raise WeightsError(f"{folder}: its config.json describes another model than its bases")
     model = load_vision(vision, load_mt5(llm, dtype, llm_dtype), dtype, vision_dtype)
     found, names = find_tensors(folder), {official: mine for mine, official in float_names(model).items()}
@@ -225,6 +223,16 @@ def _read_config(folder: Path) -> dict:
     return read_json(folder / "config.json")
 
 
+def sizes_of(folder: Path, config_of):
+    """What `config_of` makes of a folder's config.json: the sizes of a model. Raises WeightsError naming the folder."""
+    hf = _read_config(folder)
+    try:
+        int8_threshold(hf)
+        return config_of(hf)
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error}") from None
+
+
 def build(folder: Path, cls, config_of, names_of, prefix: str = "language_model.", skip: str | None = None):
     """A `cls` on the meta device for a folder, and our name -> file and key for all that its files hold of it.
 
@@ -232,12 +240,7 @@ def build(folder: Path, cls, config_of, names_of, prefix: str = "language_model.
     the language model's keys; skip: as in `find_tensors`. Raises WeightsError, at once, if config.json and the files
     disagree.
     """
-    hf = _read_config(folder)
-    try:
-        cfg = config_of(hf)
-        int8_threshold(hf)
-    except WeightsError as error:
-        raise WeightsError(f"{folder}: {error}") from None
+    cfg, hf = sizes_of(folder, config_of), _read_config(folder)
     try:
         check_record(folder)
         found = find_tensors(folder, skip)

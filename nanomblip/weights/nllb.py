@@ -13,9 +13,8 @@ import torch.nn as nn
 
 from nanomblip.model.int8 import THRESHOLD
 from nanomblip.model.nllb import NLLB, NLLBConfig
-from nanomblip.weights.files import read_json
 from nanomblip.weights.layout import WeightsError, _build, _expand, _refuse_unknown, _refuse_unless
-from nanomblip.weights.load import _fill, _Forms, find_tensors
+from nanomblip.weights.load import _fill, _Forms, find_tensors, sizes_of
 from nanomblip.weights.records import check_record
 from nanomblip.weights.tensors import same_tensor
 
@@ -88,7 +87,7 @@ def load_nllb(folder: Path | str, dtype: torch.dtype = torch.float32, llm_dtype:
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
-    cfg = nllb_config_from_hf(read_json(folder / "config.json"))
+    cfg = sizes_of(folder, nllb_config_from_hf)
     check_record(folder)
     found = find_tensors(folder)
     for stack, layers in (("encoder", cfg.layers), ("decoder", cfg.decoder_layers)):
