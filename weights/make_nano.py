@@ -73,6 +73,7 @@ class Config:
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
     icons: str = flag("", "blip2: file of build_icons.py with more English pictures; default: the embedded pictures alone")
     instruct: float = flag(0.0, "mt0: share of the examples that are instructions about a thing described in text (`Instructions`)")
+    read: float = flag(0.0, "mt0: share of the examples that read a name in another language and write it in English")
     tasks: str = flag("choice:2,match:4,exists:4,yes_no:4,category:2,question:0.3,keywords:0.7", "mt0: tasks of these, as train.py's --tasks")
     blur: float = flag(3.0, "mt0: largest standard deviation of the noise on a blurred name (tokens have 1); 0 = no noise and no mixing")
     contrast: float = flag(0.86, "blip2: share of the steps, the first ones, that train the ViT; 0 keeps the one of --init")
@@ -81,9 +82,11 @@ class Config:
     out: str = flag("weights/nano", "folder for the result")
 
     def __post_init__(self):
-        for name in ("contrast", "redraw", "instruct"):
+        for name in ("contrast", "redraw", "instruct", "read"):
             if not 0 <= getattr(self, name) <= 1:  # written so that nan fails too
                 raise ValueError(f"--{name} {getattr(self, name)}: between 0 and 1")
+        if self.instruct + self.read > 1:
+            raise ValueError(f"--instruct {self.instruct} --read {self.read}: shares of one whole, together at most 1")
         if not 0 <= self.blur < float("inf"):
             raise ValueError(f"--blur {self.blur}: a standard deviation, 0 or above")
         parse_tasks(self.tasks)
@@ -194,23 +197,27 @@ class Texts:
     fills hidden spans of the Declaration of Human Rights. Every (language, concept) pair occurs, those held out from
     re-alignment included: the language model has read everything, as mT0 has. A `share` of all examples are instructions.
 
-    `loss` float (pairs,) is the running loss of each name in nats a piece, 1 at the start. A name is drawn in proportion
-    to it, between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
+    `loss` float (2 * pairs,) is the running loss of each name in nats a piece, 1 at the start: of writing it, then of reading it,
+    that is of writing the thing's English name (a share `read` of the examples). A name is drawn in proportion to it, between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
     and an English one ENGLISH times as often as that.
     """
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, vocab: int, seed: int, instructions: Instructions | None = None,
-                 share: float = 0.0, blur: float = 3.0):  # fmt: skip
+                 share: float = 0.0, blur: float = 3.0, read: float = 0.0):  # fmt: skip
         self.emoji, self.tokenizer, self.seed, self.last = emoji, tokenizer, seed, vocab - 1
-        self.instructions, self.share, self.blur = instructions, share, blur
+        self.instructions, self.share, self.blur, self.read = instructions, share, blur, read
         self.langs = list(emoji.langs)
         self.pairs = [(lang, concept) for lang, of_lang in emoji.names.items() for concept in of_lang]
         self.english = torch.tensor([lang == "en" for lang, _ in self.pairs])
-        self.loss = torch.ones(len(self.pairs))
+        self.loss = torch.ones(2 * len(self.pairs))
         self.paragraphs = [text for texts in load_udhr().values() for text in texts]
 
     def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int, int]:
-        """Prompt ids, target ids, the pair whose name is the target (-1: none), and how many pieces at the prompt's start are to be blurred."""
+        """Prompt ids, target ids, where in `loss` the name is (-1: nowhere), and how many pieces at the prompt's start are to be blurred."""
+        if pair >= len(self.pairs):
+            lang, concept = self.pairs[pair - len(self.pairs)]
+            prompt = self.translation(rng, self.emoji.names[lang][concept], "English", [t for t in TRANSLATE if "{x}" in t])
+            return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(self.emoji.names["en"][concept], 48), pair, 0
         kind = rng.randrange(20)
         if kind == 0:
             return *self.spans(rng), -1, 0
@@ -228,12 +235,17 @@ class Texts:
         else:
             source = "en" if rng.random() < 0.9 else rng.choice(self.langs)
             x = self.emoji.names[source].get(concept) or self.emoji.names["en"][concept]
-            more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
-            (template,) = rng.choices(list(TRANSLATE), TRANSLATE.values())
-            prompt, target = template.format(L=L, x=x, blurred="", **more), name
+            template = self.translation(rng, x, L, TRANSLATE)
+            prompt, target = template.removeprefix("{blurred}"), name
             if template.startswith("{blurred}"):
                 blurred = name_places(self.tokenizer, [x], PRESETS["nano"].queries)[0].tolist()
         return blurred + self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair, len(blurred)
+
+    def translation(self, rng: random.Random, x: str, L: str, templates) -> str:
+        """One of the prompts of TRANSLATE, filled in, but for "{blurred}" at its start."""
+        (template,) = rng.choices(list(templates), [TRANSLATE[t] for t in templates])
+        more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
+        return template.format(L=L, x=x, blurred="{blurred}", **more)
 
     def fact(self, rng: random.Random, lang: str, concept: str) -> tuple[str, str] | None:
         """What CLDR calls a thing's category, or yes, no and the categories themselves, in a language: prompt, target."""
@@ -275,9 +287,16 @@ class Texts:
         padding doubles the work. The parts of a batch are of different lengths, so of different tasks.
         """
         rng = random.Random(f"{self.seed}/text/{number}")
-        weights = torch.where(self.english, ENGLISH, 1) * self.loss.clamp(FLOOR, 1.0)  # (pairs,)
-        drawn = rng.choices(range(len(self.pairs)), weights.tolist(), k=POOL * batch)
-        rows = [self.instructions.example(rng) if rng.random() < self.share else self.example(rng, pair) for pair in drawn]
+        writing, reading = self.loss.clamp(FLOOR, 1.0).chunk(2)  # (pairs,)
+        weights = [(torch.where(self.english, ENGLISH, 1) * writing).cumsum(0).tolist(), torch.where(self.english, 0, reading).cumsum(0).tolist()]
+        N, rows = len(self.pairs), []
+        for draw in (rng.random() for _ in range(POOL * batch)):
+            if draw < self.share:
+                rows.append(self.instructions.example(rng))
+                continue
+            reads = draw < self.share + self.read
+            (pair,) = rng.choices(range(N), cum_weights=weights[reads])
+            rows.append(self.example(rng, pair + N * reads))
         rows.sort(key=lambda row: len(row[0]))
         share = max(1, len(rows) // 16)
         rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[1]))]
@@ -340,6 +359,14 @@ def exact_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> d
     for (lang, c), text in zip(items, translate(model, tokenizer, prompts)):
         right[lang].append(normal(text) == normal(emoji.names[lang][c]))
     return {lang: mean(values) for lang, values in right.items()}
+
+
+def read_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> float:
+    """Share of names in other languages of which the thing's English name is written, `limit` concepts a language chosen by hash."""
+    asked = [(of_lang[c], emoji.names["en"][c]) for lang, of_lang in emoji.names.items() if lang != "en"
+             for c in sorted(of_lang, key=lambda c: unit_hash("mt0", lang, c))[:limit]]  # fmt: skip
+    texts = translate(model, tokenizer, [f"{name}. {CAPTION[0].format(L='English')}" for name, _ in asked])
+    return mean(normal(text) == normal(english) for text, (_, english) in zip(texts, asked))
 
 
 def report(exact: dict[str, float]) -> dict:
@@ -424,7 +451,7 @@ class MakeMT0:
         self.model = MT5(PRESETS["nano"].mt5)
         self.trained = self.model
         self.instructions = Instructions(emoji, tokenizer, parse_tasks(cfg.tasks)) if cfg.instruct else None
-        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, cfg.seed, self.instructions, cfg.instruct, cfg.blur)
+        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, cfg.seed, self.instructions, cfg.instruct, cfg.blur, cfg.read)
         self.extra = dict(loss=self.texts.loss)
 
     def begin(self, phase: int) -> list[nn.Parameter]:
@@ -444,8 +471,10 @@ class MakeMT0:
 
     def test(self, quick: bool, done: float) -> dict:
         exact = exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
-        tasks = dict(tasks=score_tasks(self.model, self.instructions, 100 if quick else 500)) if self.instructions else {}
-        return report(exact) | tasks
+        found = report(exact) | dict(read_match=read_match(self.model, self.tokenizer, self.emoji, 5 if quick else 50))
+        if self.instructions:
+            found["tasks"] = score_tasks(self.model, self.instructions, 100 if quick else 500)
+        return found
 
     def save(self, out: Path):
         save_mt5(self.model, out, torch.float16)

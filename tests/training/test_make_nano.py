@@ -159,7 +159,7 @@ def test_questions_to_test_with_are_of_their_group_and_an_ideal_model_is_right(e
 
 
 def test_instructions_have_their_share_and_parts_are_of_one_length(emoji, texts, instructions):
-    make = lambda share, blur=3.0: make_nano.Texts(emoji, texts.tokenizer, 8064, 0, instructions, share, blur)
+    make = lambda share, blur=3.0, read=0.0: make_nano.Texts(emoji, texts.tokenizer, 8064, 0, instructions, share, blur, read)
     parts = make(0.5).pool(0, 16, parts=4)
     assert len(parts) == 4 * make_nano.POOL and all(prompt.shape[0] == 4 for prompt, *_ in parts)
     drawn = torch.cat([pair for _, _, pair, *_ in parts])
@@ -167,6 +167,9 @@ def test_instructions_have_their_share_and_parts_are_of_one_length(emoji, texts,
     assert abs((drawn >= 0).float().mean() - 0.5 * names) < 0.06
     padding = sum((prompt == 0).sum() for prompt, *_ in parts) / sum(prompt.numel() for prompt, *_ in parts)
     assert padding < 0.15
+    drawn = torch.cat([pair for _, _, pair, *_ in make(0.3, read=0.4).pool(0, 16)])
+    reads = (drawn >= len(texts.pairs)).float().mean()
+    assert abs(reads - 0.4) < 0.06 and abs((drawn >= 0).float().mean() - reads - 0.3 * names) < 0.06
     assert any((noise > 0).any() for _, _, _, noise, _, _ in parts)
     assert all((noise == 0).all() and (scale == 1).all() for _, _, _, noise, scale, _ in make(0.5, 0.0).pool(0, 16))
 
@@ -192,6 +195,34 @@ def test_facts_are_cldrs(emoji, texts):
             assert (prompt.removesuffix(f" in {make_nano.LANGUAGES[lang].name}:"), target) in pairs
             kinds[target in (pairs[0][1], pairs[1][1])] += 1
     assert kinds["category"] > 250 and kinds[True] > 30 and kinds[False] > 80 and len(langs) > 75
+
+
+def test_names_are_read_into_english_and_those_known_well_seldom(emoji):
+    texts = make_nano.Texts(emoji, Tokenizer(DATA / "spiece.model"), 8064, seed=0, read=1.0)
+    N, decode, rng = len(texts.pairs), texts.tokenizer.decode, random.Random(0)
+    german = [i for i, (lang, _) in enumerate(texts.pairs) if lang == "de"]
+    for _ in range(9):
+        texts.note(N + torch.tensor(german), torch.zeros(len(german)))
+    assert bool((texts.loss[:N] == 1).all())  # writing them is another matter
+    for i in german[:50]:
+        prompt, target, pair, blurred = texts.example(rng, N + i)
+        concept = texts.pairs[i][1]
+        assert (decode(target), pair, blurred) == (emoji.names["en"][concept], N + i, 0)
+        name = decode(texts.tokenizer.encode(emoji.names["de"][concept]))
+        assert name in decode(prompt) and "English" in decode(prompt)
+    drawn = torch.cat([pair for _, _, pair, *_ in texts.pool(0, 64)]) - N
+    assert drawn.min() >= 0 and not texts.english[drawn].any()
+    share = torch.isin(drawn, torch.tensor(german)).float().mean()
+    expected = 0.1 * len(german) / (N - texts.english.sum() - 0.9 * len(german))
+    assert abs(share - expected) < 4 * (expected / len(drawn)) ** 0.5
+
+
+def test_read_match_asks_for_english_names(emoji, monkeypatch):
+    asked = []
+    monkeypatch.setattr(make_nano, "translate", lambda model, tokenizer, prompts: asked.extend(prompts) or ["qq"] * len(prompts))
+    few = replace(emoji, names={lang: {c: "qq" if c == emoji.concepts[0] else name for c, name in emoji.names[lang].items()} for lang in ("en", "de", "sw")})
+    assert make_nano.read_match(None, None, few, 519) == 1 / 519
+    assert len(asked) == 2 * 519 and all(prompt.endswith(". Caption the image in English.") for prompt in asked)
 
 
 def test_mixed_names_keep_the_largest_share_and_leave_the_rest_alone():
@@ -283,8 +314,9 @@ def test_stopped_and_resumed_ends_with_the_same_model(monkeypatch, tmp_path):
     monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], mt5=small))
     monkeypatch.setattr(make_nano, "exact_match", lambda model, tokenizer, emoji, limit: {"sw": 0.5})
     monkeypatch.setattr(make_nano, "POOL", 3)  # a stop waits for the end of a pool
+    monkeypatch.setattr(make_nano, "read_match", lambda model, tokenizer, emoji, limit: 0.25)
     monkeypatch.setattr(make_nano, "score_tasks", lambda model, instructions, limit: {"match": {"english": 0.9}})
-    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4 --bf16 off --instruct 0.5".split()
+    flags = "mt0 --steps 8 --batch 8 --warmup 2 --eval_every 4 --bf16 off --instruct 0.5 --read 0.2".split()
     run = lambda name: make_nano.main([*flags, "--work", str(tmp_path / "work" / name), "--out", str(tmp_path / name)])
     assert run("whole") == 0
 
@@ -414,7 +446,7 @@ def test_the_blip2_stage_writes_the_official_layout_and_goes_on(monkeypatch, tmp
     again = load_mblip(tmp_path / "more" / "blip2")  # the ViT is kept, and the Q-Former new
     assert all(torch.equal(a, b) for a, b in zip(model.vit.parameters(), again.vit.parameters(), strict=True))
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.qformer.parameters(), again.qformer.parameters(), strict=True) if a.ndim == 2)
-    for wrong, message in (("--contrast 1.5", "between 0 and 1"), ("--redraw nan", "between 0 and 1"), ("--decay 0", "above 0"), ("--instruct 2", "between 0 and 1"), ("--blur -1", "0 or above"), ("--tasks dance", "dance"), ("--contrast 0", "--init")):
+    for wrong, message in (("--contrast 1.5", "between 0 and 1"), ("--redraw nan", "between 0 and 1"), ("--decay 0", "above 0"), ("--instruct 2", "between 0 and 1"), ("--instruct 0.7 --read 0.4", "at most 1"), ("--blur -1", "0 or above"), ("--tasks dance", "dance"), ("--contrast 0", "--init")):
         with pytest.raises(ValueError, match=message):
             make_nano.main(["blip2", *wrong.split()])
     with pytest.raises(ValueError, match="mt0, blip2, aligned"):
