@@ -5,7 +5,8 @@ A run of train.py on the two becomes weights/nano/aligned by `python weights/mak
 mBLIP joins two models that took others months. This script makes both in miniature, from the embedded data alone:
 
   mt0    an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which
-         name the language of the answer; it has never seen a picture
+         name the language of the answer; it has never seen a picture. (--read: it reads other languages too; --instruct: the
+         task mixture's instructions, asked of things described in text)
   blip2  a ViT, a Q-Former and a projection in front of a small T5 that writes English only: it can see, and has never
          read another language (--icons: with more English pictures than the embedded ones)
 
@@ -198,7 +199,8 @@ class Texts:
     re-alignment included: the language model has read everything, as mT0 has. A `share` of all examples are instructions.
 
     `loss` float (2 * pairs,) is the running loss of each name in nats a piece, 1 at the start: of writing it, then of reading it,
-    that is of writing the thing's English name (a share `read` of the examples). A name is drawn in proportion to it, between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
+    that is of writing the thing's English name instead (a share `read` of the examples). A name is drawn in proportion to it,
+    between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
     and an English one ENGLISH times as often as that.
     """
 
