@@ -5,7 +5,8 @@ A run of train.py on the two becomes weights/nano/aligned by `python weights/mak
 mBLIP joins two models that took others months. This script makes both in miniature, from the embedded data alone:
 
   mt0    an mT5 that has read the names of all things in all 85 languages as text and follows English instructions which
-         name the language of the answer; it has never seen a picture
+         name the language of the answer; it has never seen a picture. (--read: it reads other languages too; --instruct: the
+         task mixture's instructions, asked of things described in text)
   blip2  a ViT, a Q-Former and a projection in front of a small T5 that writes English only: it can see, and has never
          read another language (--icons: with more English pictures than the embedded ones)
 
@@ -31,10 +32,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanomblip.data.emoji import Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
+from nanomblip.data.emoji import HELD_OUT_LANGS, Emoji, load_emoji, load_udhr, unit_hash  # noqa: E402
 from nanomblip.data.image import ImageConfig, redraw  # noqa: E402
 from nanomblip.data.language_id import LanguageID  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
+from nanomblip.data.mixture import LABELS, NEEDS, TASKS, parse_tasks  # noqa: E402
 from nanomblip.data.prompts import CAPTION, KEYWORDS, NAMING  # noqa: E402
 from nanomblip.data.scripts import normal  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
@@ -71,15 +73,24 @@ class Config:
     eval_every: int = flag(1000, "steps between looks at the exact match")
     init: str = flag("", "folder with weights to start from, such as weights/nano/mt0 of an earlier, shorter run; default: random")
     icons: str = flag("", "blip2: file of build_icons.py with more English pictures; default: the embedded pictures alone")
+    instruct: float = flag(0.0, "mt0: share of the examples that are instructions about a thing described in text (`Instructions`)")
+    read: float = flag(0.0, "mt0: share of the examples that read a name in another language and write it in English")
+    tasks: str = flag("choice:2,match:4,exists:4,yes_no:4,category:2,question:0.3,keywords:0.7", "mt0: tasks of these, as train.py's --tasks")
+    blur: float = flag(3.0, "mt0: largest standard deviation of the noise on a blurred name (tokens have 1); 0 = no noise and no mixing")
     contrast: float = flag(0.86, "blip2: share of the steps, the first ones, that train the ViT; 0 keeps the one of --init")
     redraw: float = flag(1.0, "blip2: how strongly the pictures are redrawn once half of the first phase is over; half as strongly for the Q-Former")
     work: str = flag("out/make_nano", "folder for the state between calls")
     out: str = flag("weights/nano", "folder for the result")
 
     def __post_init__(self):
-        for name in ("contrast", "redraw"):
+        for name in ("contrast", "redraw", "instruct", "read"):
             if not 0 <= getattr(self, name) <= 1:  # written so that nan fails too
                 raise ValueError(f"--{name} {getattr(self, name)}: between 0 and 1")
+        if self.instruct + self.read > 1:
+            raise ValueError(f"--instruct {self.instruct} --read {self.read}: shares of one whole, together at most 1")
+        if not 0 <= self.blur < float("inf"):
+            raise ValueError(f"--blur {self.blur}: a standard deviation, 0 or above")
+        parse_tasks(self.tasks)
         if not 0 < self.decay <= 1:
             raise ValueError(f"--decay {self.decay}: above 0, at most 1")
         if not self.contrast and not self.init:
@@ -90,11 +101,14 @@ class Config:
 # re-alignment will use: mBLIP's own prompts, behind a description instead of behind a picture, or behind a blurred name (`Texts.pool`).
 TRANSLATE = {"{x} in {L}:": 6, "Translate to {L}: {x}": 1, "{x}. {caption}": 3, "{x}. {naming}": 1,
              "{blurred}{caption}": 6, "{blurred}{naming}": 1}  # fmt: skip
-LONG = 19  # pieces: keywords and running text have longer prompts than the translation of a name
+# What stands where the picture's vectors will when an instruction of the task mixture is read as text, and how often. {stretched}: the
+# English name's tokens over the Q places; {blurred}: the same under noise; {x}: the name in some language; {words}: English keywords.
+DESCRIBE = {"{stretched}": 5, "{blurred}": 2, "{x}. ": 5, "{words}. ": 1, "{x}: {words}. ": 1}
+GROUPS = ("english", "other", "held_out_things", "held_out_languages")  # of questions to test with
+SCORED = ("choice", "match", "category", "exists", "yes_no")  # tasks with one right answer
 POOL = 64  # batches whose examples are drawn, and sorted by length, together
 FLOOR = 0.1  # a name that is known well is still drawn a tenth as often as one that is not
 SPEAK = 0.4  # of blip2's steps after those for the ViT are its last phase, the only one in which its T5 runs
-BLUR = 3.0  # largest deviation of the noise on a blurred name (pieces have 1): a picture's vectors will never be as exact as a table's
 MIX = 0.5  # largest share of other names in it: a picture that could be two things has the mean of both (`mix_names`)
 ENGLISH = 8  # times as often as a name in another language is an English one written: instructions are English, and so is most of what mT0 read
 SCORES = 4.0  # largest deviation of attention's scores over the keys (`cap_scores`)
@@ -102,33 +116,117 @@ SHARES = (0.5, 0.3, 0.2)  # of blip2's pictures, if there are icons: embedded on
 SPAN = 0.15  # of running text is hidden, in spans of about three pieces (T5, section 3.1.4)
 
 
+class Instructions:
+    """The task mixture (data/mixture.py) asked of a thing that is described in text: to nano what xP3 was to mT0.
+
+    Prompts and targets are the mixture's own; a description takes the picture's place. A tenth of the concepts (by hash)
+    and the languages of HELD_OUT_LANGS occur in none of it, neither as the thing, nor as an option, nor in a description:
+    they are what the instructions are tested on. The language model still reads their names, keywords and categories (`Texts`).
+    """
+
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, tasks: dict[str, float]):
+        self.emoji, self.tokenizer, self.tasks = emoji, tokenizer, tasks
+        self.concepts = {}  # (language, held out?) -> concepts that have a name in the language
+        for lang, of_lang in emoji.names.items():
+            for c in emoji.concepts:
+                if c in of_lang:
+                    self.concepts.setdefault((lang, unit_hash("instruct", c) < 0.1), []).append(c)
+        self.langs = [lang for lang in emoji.langs if lang not in HELD_OUT_LANGS]
+        self.lang_weights = [ENGLISH if lang == "en" else 1 for lang in self.langs]
+
+    def ask(self, rng: random.Random, task: str, lang: str, held_out: bool = False):
+        """(concept, prompt, target) of a task in a language, about a thing and among things that are held out or are not; None
+        where the language has no text for it."""
+        if any(phrase not in self.emoji.phrases[lang] for phrase in NEEDS.get(task, ())):
+            return None
+        pool = self.concepts[lang, held_out]
+        concept = rng.choice(pool)
+        pair = TASKS[task](self.emoji, concept, lang, rng, pool)
+        return pair and (concept, *pair)
+
+    def describe(self, rng: random.Random, concept: str, lang: str, template: str) -> tuple[list[int], str, int]:
+        """Token ids, and the text to follow them, that describe a concept; and how many of the ids are to be blurred."""
+        english = self.emoji.names["en"][concept]
+        if template in ("{stretched}", "{blurred}"):
+            places = name_places(self.tokenizer, [english], PRESETS["nano"].queries)[0].tolist()
+            return places, "", len(places) if template == "{blurred}" else 0
+        source = rng.choices(("en", lang, rng.choice(self.langs)), (2, 2, 1))[0]
+        words = self.emoji.keywords["en"].get(concept, (english,))
+        words = ", ".join(rng.sample(words, min(len(words), 4)))
+        return [], template.format(x=self.emoji.names[source].get(concept, english), words=words), 0
+
+    def example(self, rng: random.Random) -> tuple[list[int], list[int], int, int]:
+        """As `Texts.example`."""
+        asked = None
+        while asked is None:  # what has no text for a task gives way to another task and language
+            (task,), (lang,) = rng.choices(list(self.tasks), self.tasks.values()), rng.choices(self.langs, self.lang_weights)
+            asked = self.ask(rng, task, lang)
+        concept, prompt, target = asked
+        (template,) = rng.choices(list(DESCRIBE), DESCRIBE.values())
+        ids, text, blurred = self.describe(rng, concept, lang, template)
+        return ids + self.tokenizer.encode(text + prompt), self.tokenizer.encode(target), -1, blurred
+
+    def questions(self, task: str, group: str, limit: int) -> list[tuple[list[int], str]]:
+        """Prompt ids and answer of `limit` questions to test with, the thing described by its English name in the picture's places."""
+        langs = dict(english=["en"], held_out_languages=HELD_OUT_LANGS).get(group, [lang for lang in self.langs if lang != "en"])
+        found = []
+        for i in range(10 * limit):
+            rng = random.Random(f"{task}/{group}/{i}")
+            lang = langs[i % len(langs)]
+            asked = self.ask(rng, task, lang, group == "held_out_things")
+            if asked is not None and len(found) < limit:
+                ids, _, _ = self.describe(rng, asked[0], lang, "{stretched}")
+                found.append((ids + self.tokenizer.encode(asked[1]), asked[2]))
+        return found
+
+
+def score_tasks(model: MT5, instructions: Instructions, limit: int) -> dict[str, dict[str, float]]:
+    """Task -> group of GROUPS -> share of `limit` questions answered exactly."""
+    items = {(task, group): instructions.questions(task, group, limit) for task in SCORED for group in GROUPS}
+    answers = iter(translate(model, instructions.tokenizer, [ids for asked in items.values() for ids, _ in asked]))
+    shares = {task: {} for task in SCORED}
+    for (task, group), asked in items.items():
+        shares[task][group] = mean(normal(next(answers)) == normal(answer) for _, answer in asked)
+    return shares
+
+
 class Texts:
     """The endless stream of text examples, a pure function of (seed, number of the pool) and of what is known by then.
 
-    Of 20 examples 18 translate a name into another language (from English nine times in ten, else from any), 1 goes
-    between a name and its keywords, and 1 fills hidden spans of the Declaration of Human Rights. Every (language, concept)
-    pair occurs, those held out from re-alignment included: the language model has read everything, as mT0 has.
+    Of 20 examples 17 translate a name into another language (from English nine times in ten, else from any), 1 goes
+    between a name and its keywords, 1 says a thing's category or translates the words for yes, no and the categories, and 1
+    fills hidden spans of the Declaration of Human Rights. Every (language, concept) pair occurs, those held out from
+    re-alignment included: the language model has read everything, as mT0 has. A `share` of all examples are instructions.
 
-    `loss` float (pairs,) is the running loss of each name in nats a piece, 1 at the start. A name is drawn in proportion
-    to it, between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
+    `loss` float (2 * pairs,) is the running loss of each name in nats a piece, 1 at the start: of writing it, then of reading it,
+    that is of writing the thing's English name instead (a share `read` of the examples). A name is drawn in proportion to it,
+    between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
     and an English one ENGLISH times as often as that.
     """
 
-    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, vocab: int, seed: int):
+    def __init__(self, emoji: Emoji, tokenizer: Tokenizer, vocab: int, seed: int, instructions: Instructions | None = None,
+                 share: float = 0.0, blur: float = 3.0, read: float = 0.0):  # fmt: skip
         self.emoji, self.tokenizer, self.seed, self.last = emoji, tokenizer, seed, vocab - 1
+        self.instructions, self.share, self.blur, self.read = instructions, share, blur, read
         self.langs = list(emoji.langs)
         self.pairs = [(lang, concept) for lang, of_lang in emoji.names.items() for concept in of_lang]
         self.english = torch.tensor([lang == "en" for lang, _ in self.pairs])
-        self.loss = torch.ones(len(self.pairs))
+        self.loss = torch.ones(2 * len(self.pairs))
         self.paragraphs = [text for texts in load_udhr().values() for text in texts]
 
     def example(self, rng: random.Random, pair: int) -> tuple[list[int], list[int], int, int]:
-        """Prompt ids, target ids, the pair whose name is the target (-1: none), and how many pieces at the prompt's start are to be blurred."""
+        """Prompt ids, target ids, where in `loss` the name is (-1: nowhere), and how many pieces at the prompt's start are to be blurred."""
+        if pair >= len(self.pairs):
+            lang, concept = self.pairs[pair - len(self.pairs)]
+            prompt = self.translation(rng, self.emoji.names[lang][concept], "English", [t for t in TRANSLATE if "{x}" in t])
+            return self.tokenizer.encode(prompt, 48), self.tokenizer.encode(self.emoji.names["en"][concept], 48), pair, 0
         kind = rng.randrange(20)
         if kind == 0:
             return *self.spans(rng), -1, 0
         blurred = []
         lang, concept = self.pairs[pair]
+        if kind == 2 and (fact := self.fact(rng, lang, concept)):
+            return *(self.tokenizer.encode(text, 48) for text in fact), -1, 0
         L, name, words = LANGUAGES[lang].name, self.emoji.names[lang][concept], self.emoji.keywords[lang].get(concept)
         if kind == 1 and words:
             some = ", ".join(rng.sample(words, min(len(words), 4)))
@@ -139,12 +237,29 @@ class Texts:
         else:
             source = "en" if rng.random() < 0.9 else rng.choice(self.langs)
             x = self.emoji.names[source].get(concept) or self.emoji.names["en"][concept]
-            more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
-            (template,) = rng.choices(list(TRANSLATE), TRANSLATE.values())
-            prompt, target = template.format(L=L, x=x, blurred="", **more), name
+            template = self.translation(rng, x, L, TRANSLATE)
+            prompt, target = template.removeprefix("{blurred}"), name
             if template.startswith("{blurred}"):
                 blurred = name_places(self.tokenizer, [x], PRESETS["nano"].queries)[0].tolist()
         return blurred + self.tokenizer.encode(prompt, 48), self.tokenizer.encode(target, 48), pair, len(blurred)
+
+    def translation(self, rng: random.Random, x: str, L: str, templates) -> str:
+        """One of the prompts of TRANSLATE, filled in, but for "{blurred}" at its start."""
+        (template,) = rng.choices(list(templates), [TRANSLATE[t] for t in templates])
+        more = dict(caption=rng.choice(CAPTION).format(L=L), naming=rng.choice(NAMING).format(L=L))
+        return template.format(L=L, x=x, blurred="{blurred}", **more)
+
+    def fact(self, rng: random.Random, lang: str, concept: str) -> tuple[str, str] | None:
+        """What CLDR calls a thing's category, or yes, no and the categories themselves, in a language: prompt, target."""
+        english, phrases, L = self.emoji.phrases["en"], self.emoji.phrases[lang], LANGUAGES[lang].name
+        words = [(english[key], phrases.get(key)) for key in ("yes", "no")]
+        labels = phrases.get("labels", {})
+        words += [(english["labels"][key], labels.get(key)) for key in LABELS.values()]
+        x, target = rng.choice(words)
+        prompt = f"{x} in {L}:"
+        if rng.random() < 0.6:
+            prompt, target = f"Category in {L}: {self.emoji.names['en'][concept]}", labels.get(LABELS[self.emoji.category[concept]])
+        return (prompt, target) if target else None
 
     def spans(self, rng: random.Random):
         """Span corruption: hidden spans become sentinels, counted down from the last row of the matrix as in mT5."""
@@ -163,29 +278,39 @@ class Texts:
                 i += 1
         return [*prompt, Tokenizer.eos], [*target, sentinel, Tokenizer.eos]
 
-    def pool(self, number: int, batch: int) -> list[tuple]:
-        """POOL batches of (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise, scale float (B, S, 1), seed).
+    def pool(self, number: int, batch: int, parts: int = 1) -> list[tuple]:
+        """POOL batches in `parts` each: (prompt long (B, S), labels long (B, T) with -100 as padding, pair long (B,), noise, scale float (B, S, 1), seed).
 
         What the language model is to read is (embedded prompt + noise * N(0, 1)) * scale: 0 and 1, but for blurred names (into which `mix_names` mixes others first). These stand where the
-        Q vectors of a picture will, one name over Q places as in `warmup.py`, with noise of one deviation up to BLUR, at a length
+        Q vectors of a picture will, one name over Q places as in `warmup.py`, with noise of one deviation up to `blur`, at a length
         between 0.4 and 1.2 of that of a piece: so are the vectors that a Q-Former reaches (cosine 0.2 to 0.4 with the pieces). seed: of the noise.
 
-        Short and long prompts apart, sorted by the target's length, then each sixteenth by the prompt's: without that, padding
-        doubles the encoder's work.
+        Each part has prompts of about the same length, and targets: sorted by the one, then each sixteenth by the other. Without that,
+        padding doubles the work. The parts of a batch are of different lengths, so of different tasks.
         """
         rng = random.Random(f"{self.seed}/text/{number}")
-        weights = torch.where(self.english, ENGLISH, 1) * self.loss.clamp(FLOOR, 1.0)  # (pairs,)
-        drawn = rng.choices(range(len(self.pairs)), weights.tolist(), k=POOL * batch)
-        rows = sorted((self.example(rng, pair) for pair in drawn), key=lambda row: (len(row[0]) > LONG, len(row[1])))
-        share = POOL * batch // 16
-        rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[0]))]
-        parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-        rng.shuffle(parts)
+        writing, reading = self.loss.clamp(FLOOR, 1.0).chunk(2)  # (pairs,)
+        weights = [(torch.where(self.english, ENGLISH, 1) * writing).cumsum(0).tolist(), torch.where(self.english, 0, reading).cumsum(0).tolist()]
+        N, rows = len(self.pairs), []
+        for draw in (rng.random() for _ in range(POOL * batch)):
+            if draw < self.share:
+                rows.append(self.instructions.example(rng))
+                continue
+            reads = draw < self.share + self.read
+            (pair,) = rng.choices(range(N), cum_weights=weights[reads])
+            rows.append(self.example(rng, pair + N * reads))
+        rows.sort(key=lambda row: len(row[0]))
+        share = max(1, len(rows) // 16)
+        rows = [row for i in range(0, len(rows), share) for row in sorted(rows[i : i + share], key=lambda row: len(row[1]))]
+        size = batch // parts
+        cut = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rng.shuffle(cut)
         batches = []
-        for part in parts:
+        for part in cut:
             prompt, labels = pad_rows([p for p, _, _, _ in part], Tokenizer.pad), pad_rows([t for _, t, _, _ in part], -100)
-            blurred = torch.arange(prompt.shape[1]) < torch.tensor([places for _, _, _, places in part])[:, None]  # (B, S)
-            noise = torch.tensor([[rng.uniform(0, BLUR)] for _ in part]) * blurred  # (B, S)
+            places = torch.tensor([places if self.blur else 0 for _, _, _, places in part])  # (B,)
+            blurred = torch.arange(prompt.shape[1]) < places[:, None]  # (B, S)
+            noise = torch.tensor([[rng.uniform(0, self.blur)] for _ in part]) * blurred  # (B, S)
             length = torch.tensor([[rng.uniform(0.4, 1.2)] for _ in part])  # (B, 1)
             scale = torch.where(blurred, length / (1 + noise.square()).sqrt(), 1.0)  # (B, S)
             pair = torch.tensor([pair for _, _, pair, _ in part])
@@ -209,12 +334,13 @@ def rate(cfg: Config, step: int, starts: list[int]) -> float:
 
 
 @torch.no_grad()
-def translate(model: MT5, tokenizer: Tokenizer, prompts: list[str], batch: int = 512) -> list[str]:
-    """Greedy answers to text prompts."""
+def translate(model: MT5, tokenizer: Tokenizer, prompts: list[str | list[int]], batch: int = 512) -> list[str]:
+    """Greedy answers to prompts: texts or token ids."""
     model.eval()
     answers = []
     for i in range(0, len(prompts), batch):
-        prompt = tokenizer.batch(prompts[i : i + batch])
+        ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts[i : i + batch]]
+        prompt = pad_rows(ids, Tokenizer.pad)
         mask = prompt != Tokenizer.pad
         memory = model.encode(model.embed(prompt), mask)  # (B, S, D)
         start = prompt.new_full((len(prompt), 1), model.cfg.pad)
@@ -235,6 +361,19 @@ def exact_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> d
     for (lang, c), text in zip(items, translate(model, tokenizer, prompts)):
         right[lang].append(normal(text) == normal(emoji.names[lang][c]))
     return {lang: mean(values) for lang, values in right.items()}
+
+
+def read_match(model: MT5, tokenizer: Tokenizer, emoji: Emoji, limit: int) -> float:
+    """Share of names in other languages of which the thing's English name is written, `limit` concepts a language chosen by hash."""
+    asked = [(of_lang[c], emoji.names["en"][c]) for lang, of_lang in emoji.names.items() if lang != "en"
+             for c in sorted(of_lang, key=lambda c: unit_hash("mt0", lang, c))[:limit]]  # fmt: skip
+    texts = translate(model, tokenizer, [f"{name}. {CAPTION[0].format(L='English')}" for name, _ in asked])
+    return mean(normal(text) == normal(english) for text, (_, english) in zip(texts, asked))
+
+
+def report(exact: dict[str, float]) -> dict:
+    """What a stage's test says, as it is recorded: the shares by language, and their mean."""
+    return dict(exact_match=mean(exact.values()), exact_match_by_language=exact)
 
 
 class Pictures:
@@ -306,21 +445,22 @@ class MakeMT0:
     """What the loop needs to know of this stage: the model, its batches, its loss, its test, how it is saved."""
 
     steps, batch, unit = 6000, 512, "of English names translated exactly, mean of all languages"
-    phases, rates = (0.0,), dict(lr=1e-3, muon_lr=0.01)
+    phases, rates, parts = (0.0,), dict(lr=1e-3, muon_lr=0.01), 4
     load = staticmethod(load_mt5)
 
     def __init__(self, emoji: Emoji, tokenizer: Tokenizer, cfg: Config):
         self.emoji, self.tokenizer = emoji, tokenizer
         self.model = MT5(PRESETS["nano"].mt5)
         self.trained = self.model
-        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, cfg.seed)
+        self.instructions = Instructions(emoji, tokenizer, parse_tasks(cfg.tasks)) if cfg.instruct else None
+        self.texts = Texts(emoji, tokenizer, self.model.cfg.vocab, cfg.seed, self.instructions, cfg.instruct, cfg.blur, cfg.read)
         self.extra = dict(loss=self.texts.loss)
 
     def begin(self, phase: int) -> list[nn.Parameter]:
         return []  # nothing is drawn anew
 
     def pool(self, number, batch, done):
-        return self.texts.pool(number, batch)
+        return self.texts.pool(number, batch, self.parts)
 
     def loss(self, done, prompt, labels, pair, noise, scale, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -331,8 +471,12 @@ class MakeMT0:
         self.texts.note(pair, torch.zeros(labels.shape).masked_scatter(real, losses).sum(1) / real.sum(1))
         return loss
 
-    def test(self, quick: bool, done: float) -> dict[str, float]:
-        return exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
+    def test(self, quick: bool, done: float) -> dict:
+        exact = exact_match(self.model, self.tokenizer, self.emoji, 20 if quick else 100)
+        found = report(exact) | dict(read_match=read_match(self.model, self.tokenizer, self.emoji, 5 if quick else 50))
+        if self.instructions:
+            found["tasks"] = score_tasks(self.model, self.instructions, 100 if quick else 500)
+        return found
 
     def save(self, out: Path):
         save_mt5(self.model, out, torch.float16)
@@ -350,7 +494,7 @@ class MakeBLIP2:
     """
 
     steps, batch, unit = 18000, 128, "of the validation pictures named exactly in English"
-    rates = dict(lr=2e-3, muon_lr=0.02)
+    rates, parts = dict(lr=2e-3, muon_lr=0.02), 1
     load = staticmethod(load_mblip)
     extra = {}
 
@@ -404,7 +548,7 @@ class MakeBLIP2:
         text = torch.cat([visual.float(), self.model.mt5.embed(prompt)], dim=1)  # (B, L, D)
         return caption_loss(self.model.mt5, text, mask, labels)[0] + imitation
 
-    def test(self, quick: bool, done: float) -> dict[str, float]:
+    def test(self, quick: bool, done: float) -> dict:
         """On the validation pictures only: the test pictures are for the trained whole.
 
         Share right: in the first phase by the Q-Former's classifier, in the second by the nearest name, in the third as written by the T5.
@@ -421,10 +565,10 @@ class MakeBLIP2:
                 else:
                     scores = name_scores(self.model.encode_image(image), self.model.mt5.embed_tokens(self.places).float())
             found = scores[:, : len(self.emoji.concepts)].argmax(1)
-            return {"en": mean(self.pictures.concept[cell] == i for cell, i in zip(cells, found.tolist()))}
+            return report({"en": mean(self.pictures.concept[cell] == i for cell, i in zip(cells, found.tolist()))})
         items = questions(self.emoji, "validation", ["en"], 0)
         answers = answer(self.model, self.tokenizer, self.image, self.emoji, items)
-        return {lang: r["exact"] for lang, r in score(self.emoji, items, answers, LanguageID({"en": self.emoji.names["en"]})).items()}
+        return report({lang: r["exact"] for lang, r in score(self.emoji, items, answers, LanguageID({"en": self.emoji.names["en"]})).items()})
 
     def save(self, out: Path):
         save_mblip(self.model, out, image_token=len(self.tokenizer), languages=["en"], dtype=torch.float16)
@@ -531,6 +675,70 @@ def keep_trained(run: Path, out: Path) -> None:
 STAGES = {"mt0": MakeMT0, "blip2": MakeBLIP2}
 
 
+def build_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for embedding, head, norms and position tables, Muon for the matrices inside the blocks."""
+    hidden = [m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in path]
+    is_hidden = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in is_hidden]
+    return [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+            Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.muon_decay)]  # fmt: skip
+
+
+def train(stage, cfg: Config, work: Path) -> tuple[int, float, int]:
+    """Train a stage from its last saved state on, to the last step or a signal: (steps done, seconds, the signal or 0)."""
+    model = stage.trained
+    optimizers = build_optimizers(model, cfg)
+    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16())
+    remove_leftovers(work)
+    state = State(work, model, optimizers, stage.extra)
+    step, seconds = state.load()
+    log = Log(work / "loss.csv", ("step", "loss"), step)
+    tests = Log(work / "exact.csv", ("step", "exact_match"), step)
+    interrupt, last_save = Interrupt(), time.time()
+    starts = [round(share * cfg.steps) // POOL * POOL if share < 1 else cfg.steps for share in stage.phases]  # a phase begins with a pool
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
+
+    while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
+        for p in (p for phase, start in enumerate(starts) if step == start for p in stage.begin(phase)):
+            for optimizer in optimizers:
+                optimizer.state.pop(p, None)
+        done = max(step / cfg.steps, *(share for share, start in zip(stage.phases, starts) if start <= step))
+        pool = iter(stage.pool(step // POOL, cfg.batch, done))
+        for _ in range(min(POOL, cfg.steps - step)):
+            started, total = time.time(), 0.0
+            for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * rate(cfg, step, starts)
+            model.train()
+            for tensors in islice(pool, stage.parts):
+                # Written out, attention of a few places in bf16 takes less time than torch's fused kernel, whose backward pass is slow.
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16), attend_path("written" if bf16 else "fast"):
+                    loss = stage.loss(done, *tensors) / stage.parts
+                loss.backward()
+                total += loss.item()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            cap_scores(model)
+            step += 1
+            seconds += time.time() - started
+            log.add(step, f"{total:.6f}")
+            bar.update(1)
+            bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
+        if step // cfg.eval_every > (step - POOL) // cfg.eval_every:
+            found = stage.test(quick=True, done=step / cfg.steps)
+            tests.add(step, f"{found['exact_match']:.4f}")
+            bar.write(str({name: value for name, value in found.items() if name != "exact_match_by_language"}))
+        if time.time() - last_save > cfg.save_every:
+            state.save(step, seconds)
+            last_save = time.time()
+    bar.close()
+    state.save(step, seconds)
+    interrupt.release()
+    return step, seconds, interrupt.signal
+
+
 def main(argv: list[str]) -> int:
     keep_memory()
     known = (*STAGES, "aligned")
@@ -550,68 +758,18 @@ def main(argv: list[str]) -> int:
     stage.model.init_weights()
     if cfg.init:  # the optimizers' memory and the running losses are not in it: both come back within a few hundred steps
         stage.model.load_state_dict(stage.load(Path(cfg.init)).state_dict())
-
-    model = stage.trained
-    hidden = [m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in path]
-    is_hidden = {id(p) for p in hidden}
-    bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16())
-    rest = [p for p in model.parameters() if id(p) not in is_hidden]
-    optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-                  Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.muon_decay)]  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     lock = RunLock(work)  # noqa: F841, held until main returns
-    remove_leftovers(work)
-    state = State(work, model, optimizers, stage.extra)
-    step, seconds = state.load()
-    log = Log(work / "loss.csv", ("step", "loss"), step)
-    tests = Log(work / "exact.csv", ("step", "exact_match"), step)
-    interrupt, last_save = Interrupt(), time.time()
-    starts = [round(share * cfg.steps) // POOL * POOL if share < 1 else cfg.steps for share in stage.phases]  # a phase begins with a pool
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", smoothing=0.05)
+    step, seconds, stopped = train(stage, cfg, work)
 
-    while step < cfg.steps and not interrupt.signal:  # one pool a turn: its content depends on the running losses
-        for p in (p for phase, start in enumerate(starts) if step == start for p in stage.begin(phase)):
-            for optimizer in optimizers:
-                optimizer.state.pop(p, None)
-        done = max(step / cfg.steps, *(share for share, start in zip(stage.phases, starts) if start <= step))
-        for tensors in islice(stage.pool(step // POOL, cfg.batch, done), cfg.steps - step):
-            started = time.time()
-            for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * rate(cfg, step, starts)
-            model.train()
-            # Written out, attention of a few places in bf16 takes less time than torch's fused kernel, whose backward pass is slow.
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), attend_path("written" if bf16 else "fast"):
-                loss = stage.loss(done, *tensors)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            cap_scores(model)
-            step += 1
-            seconds += time.time() - started
-            log.add(step, f"{loss.item():.6f}")
-            bar.update(1)
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        if step // cfg.eval_every > (step - POOL) // cfg.eval_every:
-            tests.add(step, f"{mean(stage.test(quick=True, done=step / cfg.steps).values()):.4f}")
-        if time.time() - last_save > cfg.save_every:
-            state.save(step, seconds)
-            last_save = time.time()
-    bar.close()
-    state.save(step, seconds)
-    interrupt.release()
-
-    exact = stage.test(quick=False, done=step / cfg.steps)
+    found = stage.test(quick=False, done=step / cfg.steps)
     stage.save(out)
     shutil.copyfile(tokenizer.path, out / "spiece.model")
     config = {key: value for key, value in asdict(cfg).items() if key not in ("work", "out")}  # where, not what
-    record = dict(config=config, steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__,
-                  exact_match=mean(exact.values()), exact_match_by_language=exact)  # fmt: skip
+    record = dict(config=config, steps_done=step, examples_seen=step * cfg.batch, seconds=round(seconds), torch=torch.__version__) | found
     write_json(out / "record.json", record)
     print(f"{step} steps: {100 * record['exact_match']:.1f} % {stage.unit}; {out}")
-    return 128 + interrupt.signal if interrupt.signal else 0
+    return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
