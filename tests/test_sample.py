@@ -304,7 +304,7 @@ def test_interrupted_and_called_again(capsys, tmp_path, weights, number):
     slow = "import sample, time; g = sample.generate; sample.generate = lambda *a, **k: (time.sleep(0.1), g(*a, **k))[1]; "
     slow += "sample.run_main(sample.main)"
     child = subprocess.Popen([sys.executable, "-c", slow, *argv], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while (target.read_bytes().count(b"\n") if target.exists() else 0) < 3 and time.time() < deadline:
         time.sleep(0.02)
     child.send_signal(number)
