@@ -370,8 +370,8 @@ def test_train_goes_through_a_mixture_file(tmp_path, pictures, monkeypatch, caps
                     mt5=replace(nano.mt5, width=16, heads=2, head_width=8, mlp=16, layers=1, decoder_layers=1))  # fmt: skip
     monkeypatch.setitem(PRESETS, "nano", small)
     monkeypatch.setattr(train, "LanguageID", lambda names: None)
-    flags = ["--steps", "2", "--warmup", "0", "--batch", "4", "--eval_pictures", "1", "--eval_every", "0", "--init", "random"]
-    flags += ["--mixture", "m.json:2", "--image_root", "images", "--run", "r"]
+    flags = ["--steps", "2", "--lr_warmup", "0", "--batch", "4", "--eval_pictures", "1", "--eval_every", "0", "--init", "random"]
+    flags += ["--mixture", "m.json:2", "--image_root", "images", "--name", "r"]
     monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: ({}, []))  # what comes after training is tested elsewhere
     assert train.main(flags) == 0
     out, err = capsys.readouterr()
