@@ -189,7 +189,7 @@ def keep_memory() -> None:
 
 
 def begin_worker(worker: int) -> None:
-    """In a loader worker: Ctrl-C reaches the whole process group, but the main process decides; and so for its locks."""
+    """In a loader worker: Ctrl-C reaches the whole process group, but the main process decides; so for its locks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     RunLock.drop_copies()
 

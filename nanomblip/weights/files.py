@@ -172,7 +172,7 @@ class RunLock:
 
     @classmethod
     def drop_copies(cls) -> None:
-        """Called in a forked child: with its copies of the descriptors it would hold the locks after its parent died."""
+        """Called in a forked child: with copies of the descriptors it would hold the locks after its parent died."""
         while cls.held:
             os.close(cls.held.pop())
 
