@@ -48,15 +48,14 @@ from nanomblip.weights.files import RunLock, digest, write_json
 
 def main(argv: list[str]) -> int:
     # Config: from the flags or from the run to resume; what the flags leave open follows from the size of the model.
+    # Data: pictures, names and languages.
     cfg, folder = begin(argv)
     device = pick_device(cfg.device)
     keep_memory()
-    sources = source_folders(cfg)
-    cfg = resolve(cfg, parameters_of(sources))
-
-    # Data: pictures, names, languages, tasks.
     emoji = load_emoji(cfg.concepts)
     mix, held_out = languages_of(cfg, emoji)
+    sources = source_folders(cfg)
+    cfg = resolve(cfg, parameters_of(sources))
 
     # Model: ViT, Q-Former and queries of one folder, a language model of another, frozen, in int8 and with LoRA,
     # and a fresh projection.

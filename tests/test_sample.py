@@ -53,6 +53,12 @@ def here(weights, monkeypatch):
     monkeypatch.setattr(folders, "HERE", weights.parent.parent)  # nothing shipped there
 
 
+def hear_signals():
+    """In a child: a job in the background of a shell would ignore these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run(capsys, *argv):
     """(exit status, stdout, stderr) of one call."""
     with pytest.MonkeyPatch.context() as patch:
@@ -303,7 +309,7 @@ def test_interrupted_and_called_again(capsys, tmp_path, weights, number):
     argv = ["--image", str(folder), "--batch", "1", "--max_new_tokens", "4", "--out", str(target), "--model", str(weights)]
     slow = "import sample, time; g = sample.generate; sample.generate = lambda *a, **k: (time.sleep(0.1), g(*a, **k))[1]; "
     slow += "sample.run_main(sample.main)"
-    child = subprocess.Popen([sys.executable, "-c", slow, *argv], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen([sys.executable, "-c", slow, *argv], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=hear_signals)
     deadline = time.time() + 300
     while (target.read_bytes().count(b"\n") if target.exists() else 0) < 3 and time.time() < deadline:
         time.sleep(0.02)

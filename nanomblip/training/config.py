@@ -247,7 +247,7 @@ def resolve(cfg: Config, parameters: int) -> Config:
     check_stages(replace(cfg, recipe="auto"))
     if cfg.stage1_steps == cfg.steps and asked not in (None, "none"):
         raise ValueError(f"--lora {asked} without stage 2, where it is trained: give more --steps than --warmup_steps")
-    return cfg
+    return replace(cfg, warmup_steps=cfg.stage1_steps)
 
 
 def resumed_config(cfg: Config, argv: list[str]) -> Config:
@@ -270,6 +270,6 @@ def resumed_config(cfg: Config, argv: list[str]) -> Config:
 
 
 def types_of(field) -> tuple[type, ...]:
-    """The types that a value of a flag may have in JSON."""
-    options = getattr(field.type, "__args__", (field.type,))
+    """The types that a resolved value of a flag may have in JSON."""
+    options = tuple(kind for kind in getattr(field.type, "__args__", (field.type,)) if kind is not type(None))
     return (*options, int) if float in options else options

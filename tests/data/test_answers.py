@@ -26,6 +26,12 @@ JOB = dict(lang="sw", model="abc")
 name = lambda row: row["image"]
 
 
+def hear_signals():
+    """In a child: a job in the background of a shell would ignore these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def rows(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
@@ -160,7 +166,7 @@ def test_every_finished_line_survives_every_signal(tmp_path, number):
         "            if str(i) not in known: f.add(image=str(i), text='x' * 50_000); time.sleep(0.005)\n"
         "run_main(main)"
     )  # fmt: skip
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stderr=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=hear_signals)
     deadline = time.time() + 300
     while (path.stat().st_size if path.exists() else 0) < 500_000 and time.time() < deadline:
         time.sleep(0.01)

@@ -5,9 +5,10 @@ A wrong mask, a picture that does not arrive, a label off by one or a frozen par
 
 import torch
 
-import train
+from nanomblip.training.optimizers import build_optimizers
 from nanomblip.data.emoji import ROOT, load_emoji
 from nanomblip.data.image import ImageConfig, array_to_tensor
+from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.tokenizer import Tokenizer, pad_rows
 from nanomblip.measure.emoji_splits import answer
@@ -22,9 +23,9 @@ def test_nano_learns_six_pictures_by_heart_in_two_languages():
     torch.manual_seed(0)
     model = MBLIP(PRESETS["nano"])
     model.init_weights()
-    optimizers = train.build_optimizers(model, "muon", train.Config(lr=2e-3))
+    optimizers = build_optimizers(model, dict.fromkeys(model.parameters(), 2e-3), muon=True, beta2=0.98)
     pixels = array_to_tensor(emoji.pictures[[p for p, _ in items]], image)[:, None]
-    prompt = tokenizer.batch([EVAL_PROMPT.format(L=train.LANGUAGES[lang].name) for _, lang in items])
+    prompt = tokenizer.batch([EVAL_PROMPT.format(L=LANGUAGES[lang].name) for _, lang in items])
     labels = pad_rows([tokenizer.encode(name(p, lang)) for p, lang in items], -100)
     for step in range(110):
         for optimizer, peak in zip(optimizers, (2e-3, 0.02)):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.model.mt5 import MT5
 from nanomblip.training import setup
 from nanomblip.training.parts import model_parts
+from nanomblip.training.config import resolve
 from nanomblip.training.setup import build_mblip
 from nanomblip.weights.adapter import load_adapter
 from nanomblip.weights.files import digest
@@ -375,10 +376,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
     ("--redraw -0.1", "--redraw"), ("--lora_r 0", "--lora_r"), ("--lora_alpha nan", "alpha nan"), ("--lora_dropout 1", "dropout 1"), ("--lora_lr 0", "--lora_lr 0"),
     ("--warmup names --mixture m.json --image_root .", "--warmup names with --mixture"), ("--mixture m.json", "--image_root"),
     ("--recipe paper --warmup names", "--recipe paper has --warmup projection"), ("--recipe paper --noise 0.5", "--recipe paper has --noise 0"),
-    ("--lora all --warmup_steps 9 --steps 9", "--lora all without stage 2"), ("--warmup_steps 9 --steps 8", "--warmup_steps 9"),
+    ("--warmup_steps 9 --steps 8", "--warmup_steps 9"),
     ("--warmup none --warmup_steps 2", "--warmup none"), ("--init random --warmup names", "--warmup names with --init random"),
     ("--init random --int8", "--int8 True is for a frozen part"), ("--init random --lora qv", "--lora qv is for"), ("--int8 --bf16 on", "--int8 --bf16 on"),
-    ("--init random --vision_dtype int8", "--vision_dtype int8 is for"), ("--views 0 --noise 0.5", "--noise 0.5 with --views 0"),
+    ("--init random --vision_dtype int8", "--vision_dtype int8 is for"),
     ("--redraw 1.5", "--redraw"), ("--redraw nan", "--redraw"), ("--noise -1", "--noise"), ("--noise nan", "--noise"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
@@ -392,7 +393,15 @@ def test_bad_flags_are_one_line_and_status_2(monkeypatch, capsys, flags, words):
 @pytest.mark.parametrize("key,value", [("steps", None), ("steps", 2.5), ("checkpointing", "yes"), ("lang_mix", 3)])
 def test_a_damaged_config_cannot_be_resumed(key, value):
     Path("out/r").mkdir(parents=True)
-    config = {f.name: f.default for f in fields(train.Config)}
+    config = asdict(resolve(train.Config(), 0))
     Path("out/r/train.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match="does not fit"):
         train.main(["--resume", "out/r"])
+
+
+def test_flags_that_contradict_each_other_once_the_recipe_is_known():
+    with pytest.raises(ValueError, match="--lora all without stage 2"):
+        resolve(train.Config(lora="all", steps=9, warmup_steps=9), 0)
+    with pytest.raises(ValueError, match="--noise 0.5 with --views 0"):
+        resolve(train.Config(views=0, noise=0.5), 0)
+    assert resolve(train.Config(steps=9, warmup_steps=9), 0).stage1_steps == 9
