@@ -23,7 +23,7 @@ import pytest
 import requests
 from conftest import tiny_mblip
 
-from nanomblip.weights import files, hub
+from nanomblip.weights import catalogue, files, hub
 from nanomblip.weights.hub import HubError, download
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip, load_vision
@@ -666,17 +666,17 @@ def test_a_file_system_without_locks_without_fsync_and_without_a_size(server, tm
     check(download("owner/name", tmp_path / "n"), server)
 
 
-@pytest.mark.parametrize("name", list(hub.PINNED))
+@pytest.mark.parametrize("name", list(catalogue.PINNED))
 def test_translators_come_from_their_pinned_branches(server, tmp_path, monkeypatch, name):
     """Of the weights the sha256 is known, or the commit; of the tokenizer always the sha256."""
-    start, known = hub.PINNED[name]
+    start, known = catalogue.PINNED[name]
     server.files = {"config.json": b"{}", "sentencepiece.bpe.model": b"tokens" * 99, "model.safetensors": b"weights" * 99, "pytorch_model.bin": b"x"}
     sha = lambda file: hashlib.sha256(server.files[file]).hexdigest()
-    monkeypatch.setattr(hub, "NLLB_TOKENIZER", (594, sha("sentencepiece.bpe.model")))
-    monkeypatch.setitem(hub.PINNED, name, (start, known and sha("model.safetensors")))
+    monkeypatch.setattr(catalogue, "NLLB_TOKENIZER", (594, sha("sentencepiece.bpe.model")))
+    monkeypatch.setitem(catalogue.PINNED, name, (start, known and sha("model.safetensors")))
     server.commit = OTHER_COMMIT if known else start + OTHER_COMMIT[7:]
     folder = download(name, tmp_path / "m")
-    repository, revision = hub.MODELS[name]
+    repository, revision = catalogue.MODELS[name]
     assert server.seen[0][0] == f"/api/models/{repository}/revision/{revision.replace('/', '%2F')}?blobs=true"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "sentencepiece.bpe.model", RECORD]
     good = dict(server.files)
