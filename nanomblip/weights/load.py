@@ -227,10 +227,11 @@ def sizes_of(folder: Path, config_of):
     """What `config_of` makes of a folder's config.json: the sizes of a model. Raises WeightsError naming the folder."""
     hf = _read_config(folder)
     try:
+        cfg = config_of(hf)  # first: it knows a config.json that holds no object
         int8_threshold(hf)
-        return config_of(hf)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
+    return cfg
 
 
 def build(folder: Path, cls, config_of, names_of, prefix: str = "language_model.", skip: str | None = None):

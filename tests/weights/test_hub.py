@@ -676,7 +676,7 @@ def test_translators_come_from_their_pinned_branches(server, tmp_path, monkeypat
     monkeypatch.setitem(catalogue.PINNED, name, (start, known and sha("model.safetensors")))
     server.commit = OTHER_COMMIT if known else start + OTHER_COMMIT[7:]
     folder = download(name, tmp_path / "m")
-    repository, revision = hub.MODELS[name]
+    repository, revision = catalogue.MODELS[name]
     assert server.seen[0][0] == f"/api/models/{repository}/revision/{revision.replace('/', '%2F')}?blobs=true"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "sentencepiece.bpe.model", RECORD]
     good = dict(server.files)
