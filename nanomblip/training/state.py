@@ -196,6 +196,6 @@ def begin_worker(worker: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the half-written files of a process that was killed while it saved (ours, and safetensors' own)."""
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
+    for leftover in (*folder.rglob(".*.tmp"), *folder.rglob(".tmp*")):
         if leftover.is_file():
             leftover.unlink()

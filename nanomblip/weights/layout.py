@@ -14,7 +14,14 @@ from nanomblip.model.vit import ViTConfig
 
 
 class WeightsError(ValueError):
-    """A weights file, or its config, that cannot be used; the message names the file, what is wrong and what to do."""
+    """A weights file, or its config, that cannot be used; the message names the file, what is wrong and what to do.
+
+    What a stranger's file says is quoted in it, so it is made one printable line: no control character reaches a
+    terminal."""
+
+    def __init__(self, message):
+        escape = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
+        super().__init__("".join(map(escape, str(message))))
 
 
 # ---------------------------------------------------------------- names: official key -> ours, {} is the layer's number
