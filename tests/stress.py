@@ -50,7 +50,8 @@ PARTS = {
     "names": (names, "hostile names in manifests, indices, image_ids and adapters", 10_000, 10),
     "nan": (nan, "training steps whose loss or gradient is NaN or infinite", 50, 120),
 }
-GROWTH = 64  # MB of memory by which a part may grow
+GROWTH = 64  # MB of memory by which a part may grow ...
+LEAK = 0.001  # ... and MB a case: reading a tensor costs safetensors 0.8 some 0.1 KB that it never gives back
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def run_part(name: str, cfg: Config) -> dict:
                 outcomes[outcome] += 1
                 slowest = max(slowest, (time.time() - begun, n))
             grown = 0.0 if held is None else memory() - held
-    if grown > GROWTH:
+    if grown > GROWTH + LEAK * len(cases):
         failures["memory"] = dict(kind="memory", count=1, case=-1, first=f"grew by {grown:.0f} MB")
     return dict(
         what=what, seed=cfg.seed, wanted=len(cases), tried=outcomes.total(), refused=outcomes["refused"], identical=outcomes["identical"],

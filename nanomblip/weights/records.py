@@ -23,7 +23,7 @@ def read_record(folder: Path) -> dict:
         for name, entry in files.items()
     ):
         raise WeightsError(
-            f"{folder / RECORD}: not a source and files with size, sha256 and mtime_ns; delete it if you trust the files"
+            f"{folder / RECORD}: no source, or no files with size, sha256 and mtime_ns; delete it if you trust the files"
         )
     return record
 
