@@ -60,6 +60,7 @@ def test_what_is_committed(path):
     assert asserts > len(code) // 2, "a section ends with an assert"
 
 
+@pytest.mark.slow
 @each_notebook
 def test_runs_from_top_to_bottom(path, tmp_path):
     spec = tmp_path / "kernels" / "this"  # a kernel of this Python, whatever kernels the machine has

@@ -81,6 +81,7 @@ def test_a_lost_sentence_is_noticed_in_every_language():
     assert len(rates) == 93 and sum(rates.values()) / 93 > 0.93 and min(rates.values()) >= 0.7, rates
 
 
+@pytest.mark.slow
 def test_another_language_in_the_same_script_is_noticed():
     """60 characters of each language given out as other ones of its script: nearly all are caught, English always."""
     rng, missed, count = random.Random(0), Counter(), 0
@@ -103,6 +104,7 @@ def people():
     return judge_people(parallel_declaration), judge_people(lambda lang: parallel_names(lang)[::20])
 
 
+@pytest.mark.slow
 def test_nearly_all_that_people_wrote_is_accepted(people):
     """The exceptions are named: Kurmanji in Latin letters, and articles numbered in words, Roman or Hebrew numerals."""
     declaration, names = people

@@ -160,6 +160,7 @@ ablate.run_main(ablate.main)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_suite_ends_with_the_same_records(tmp_path):
     """Real training processes, the suite killed (-9 or by signal) at a random moment, against an undisturbed one."""
     (tmp_path / "driver.py").write_text(DRIVER)

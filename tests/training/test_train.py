@@ -262,6 +262,7 @@ def wait_for_step(run, step, seconds=60):
 LONG = [*FLAGS[2:], "--steps", "90", "--save_every", "0", "--eval_every", "0"]
 
 
+@pytest.mark.slow
 def test_kill_9_and_sigterm_cost_nothing_but_time():
     whole = process(*LONG, "--name", "whole")
     whole.communicate()

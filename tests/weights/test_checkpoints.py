@@ -383,6 +383,7 @@ def test_killed_while_saving_leaves_the_old_file_or_the_new(plain, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_loading_in_int8_never_holds_more_than_the_int8_model(tmp_path):
     """Watched from outside: 570 MB of fp32 in one file become 190 MB; neither the file nor a float copy is ever resident at once."""
     if not Path("/proc/self/status").exists():
