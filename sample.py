@@ -23,7 +23,7 @@ from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
-from nanomblip.measure.fidelity import language_pieces
+from nanomblip.measure.fidelity import language_tokens
 from nanomblip.measure.lens import lens, show_lens
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.training.state import pick_device
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
         say(f"weights {folder}, {LANGUAGES[lang].name}")
         if tokenizer.path.read_bytes() == (ROOT / "spiece.model").read_bytes():
             say("nano's weights know drawings of 519 things; photographs: python sample.py --model mblip-mt0-xl ...")
-        allowed = language_pieces(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)
+        allowed = language_tokens(tokenizer, lang, load_emoji("all")).to(device) if cfg.force_lang else None  # (V,)
         ids = tokenizer.encode(prompt, MAX_PROMPT)
         if len(ids) < len(tokenizer.encode(prompt, MAX_PROMPT + 1)):
             say(f"the prompt is longer than {MAX_PROMPT} tokens; its end is left out")

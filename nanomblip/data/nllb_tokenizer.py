@@ -48,13 +48,18 @@ class NLLBTokenizer:
 
     def __init__(self, path: Path | str, legacy: bool = False):
         self.path, self.legacy = Path(path), legacy
-        self.pieces = open_sentencepiece(self.path)
-        ids = self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id()
+        self.sentencepiece = open_sentencepiece(self.path)
+        ids = (
+            self.sentencepiece.unk_id(),
+            self.sentencepiece.bos_id(),
+            self.sentencepiece.eos_id(),
+            self.sentencepiece.pad_id(),
+        )
         if ids != (0, 1, 2, -1):
             raise ValueError(f"{path}: unk, bos, eos, pad have ids {ids}, NLLB's are (0, 1, 2, -1)")
 
     def __len__(self) -> int:
-        return self.pieces.get_piece_size() + 1
+        return self.sentencepiece.get_piece_size() + 1
 
     def language(self, code: str) -> int:
         """The token of a language; ValueError for one that NLLB does not know."""
@@ -69,7 +74,7 @@ class NLLBTokenizer:
         What the tokenizer has no token for becomes `unk`: `unknown` counts it.
         """
         # Id 0 of the file, <unk>, is the only one that does not move up by one: ours is 3.
-        ids = [i + 1 if i else self.unk for i in self.pieces.encode(valid_text(text).strip())]
+        ids = [i + 1 if i else self.unk for i in self.sentencepiece.encode(valid_text(text).strip())]
         language_id = self.language(language)
         return [*ids, self.eos, language_id] if self.legacy else [language_id, *ids, self.eos]
 
@@ -85,7 +90,7 @@ class NLLBTokenizer:
                 break
             if i == self.unk or self.unk < i < len(self):
                 kept.append(0 if i == self.unk else int(i) - 1)
-        return self.pieces.decode(kept)
+        return self.sentencepiece.decode(kept)
 
     def batch(self, texts: list[str], language: str = "en"):
         """Several sources as one padded tensor: long (B, S), right-padded with pad."""

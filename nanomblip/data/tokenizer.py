@@ -21,17 +21,17 @@ class Tokenizer:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.pieces = open_sentencepiece(self.path)
-        ids = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        self.sentencepiece = open_sentencepiece(self.path)
+        ids = self.sentencepiece.pad_id(), self.sentencepiece.eos_id(), self.sentencepiece.unk_id()
         if ids != (self.pad, self.eos, self.unk):
             raise ValueError(f"{path}: pad, eos, unk have ids {ids}, mT5's are (0, 1, 2)")
 
     def __len__(self) -> int:
-        return self.pieces.get_piece_size()
+        return self.sentencepiece.get_piece_size()
 
     def encode(self, text: str, max_length: int = 128) -> list[int]:
         """Token ids of a text, eos last; at most `max_length` of them (the paper's 128 in training)."""
-        return self.pieces.encode(valid_text(text))[: max_length - 1] + [self.eos]
+        return self.sentencepiece.encode(valid_text(text))[: max_length - 1] + [self.eos]
 
     def decode(self, ids) -> str:
         """The text of token ids, up to the first eos; pad and rows beyond the tokenizer are left out."""
@@ -41,7 +41,7 @@ class Tokenizer:
                 break
             if i != self.pad and i < len(self):
                 kept.append(int(i))
-        return self.pieces.decode(kept)
+        return self.sentencepiece.decode(kept)
 
     def batch(self, texts: list[str], max_length: int = 128):
         """Several prompts as one padded tensor: long (B, S), right-padded with pad."""
@@ -57,11 +57,11 @@ def open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
             "model that it was made from (google/mt5-*, bigscience/mt0-* and google/flan-t5-* on the hub have it)"
         )
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        pieces.eos_id()  # fails where the file was empty
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        model.eos_id()  # fails where the file was empty
     except (RuntimeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path}: damaged, or not a SentencePiece model ({str(error).strip()})") from None
-    return pieces
+    return model
 
 
 def valid_text(text: str) -> str:
@@ -84,11 +84,11 @@ def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
     image_token: id of the token "<image>" that transformers puts in place of the picture's vectors, see
     `layout.config_to_hf`.
     """
-    pieces, n = tokenizer.pieces, len(tokenizer)
+    model, n = tokenizer.sentencepiece, len(tokenizer)
     special = [
-        (0, pieces.id_to_piece(0)),
-        (1, pieces.id_to_piece(1)),
-        (2, pieces.id_to_piece(2)),
+        (0, model.id_to_piece(0)),
+        (1, model.id_to_piece(1)),
+        (2, model.id_to_piece(2)),
         (image_token, "<image>"),
     ]
     added = [
@@ -105,17 +105,17 @@ def to_hf(tokenizer: Tokenizer, image_token: int) -> dict[str, dict]:
             dict(type="Replace", pattern=dict(Regex=" {2,}"), content=" "),
         ]
     space = dict(type="Metaspace", replacement="▁", prepend_scheme="always", split=True)
-    eos = dict(SpecialToken=dict(id=pieces.id_to_piece(1), type_id=0))
+    eos = dict(SpecialToken=dict(id=model.id_to_piece(1), type_id=0))
     sequence = lambda which, type_id: dict(Sequence=dict(id=which, type_id=type_id))
-    model = dict(type="Unigram", unk_id=2, byte_fallback=any(pieces.is_byte(i) for i in range(min(n, 1000))),
-                 vocab=[[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(n)])  # fmt: skip
+    unigram = dict(type="Unigram", unk_id=2, byte_fallback=any(model.is_byte(i) for i in range(min(n, 1000))),
+                 vocab=[[model.id_to_piece(i), model.get_score(i)] for i in range(n)])  # fmt: skip
     decoder = dict(type="Sequence", decoders=[dict(type="ByteFallback"), space]) if model["byte_fallback"] else space
     single, ending = [sequence("A", 0), eos], {special[1][1]: dict(id=special[1][1], ids=[1], tokens=[special[1][1]])}
     pair = [*single, sequence("B", 0), eos]
     return {
         "tokenizer.json": dict(
             version="1.0", truncation=None, padding=None, added_tokens=added, pre_tokenizer=space, decoder=decoder,
-            model=model, normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
+            model=unigram, normalizer=dict(type="Sequence", normalizers=normalizers) if normalizers else None,
             post_processor=dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=ending)),
         "tokenizer_config.json": dict(
             tokenizer_class="PreTrainedTokenizerFast", processor_class="Blip2Processor", pad_token=special[0][1],

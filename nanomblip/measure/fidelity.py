@@ -2,14 +2,14 @@
 in.
 
 Asked for Tamil, multilingual vision-language models like to answer in English: the paper leaves the problem open, and
-later ones score such answers as zero. The cheapest cure needs no training. Before each step of decoding, the pieces
+later ones score such answers as zero. The cheapest cure needs no training. Before each step of decoding, the tokens
 that the language cannot use are forbidden (`generate(allowed=...)`). Which those are is found once, as a mask over the
-vocabulary (`language_pieces`), in one of two ways:
+vocabulary (`language_tokens`), in one of two ways:
 
-- vocabulary: the pieces into which the language's names, keywords and phrases of the embedded data fall, as far as
+- vocabulary: the tokens into which the language's names, keywords and phrases of the embedded data fall, as far as
   they are in its scripts. For nano, whose tokenizer was made from these texts. The words of held-out pairs are in it
   too: the language model has read them as text, only no picture of them, and the mask knows no pictures either.
-- script: the pieces whose letters belong to the language's scripts. For a tokenizer of 250,100 pieces. Where
+- script: the tokens whose letters belong to the language's scripts. For a tokenizer of 250,100 tokens. Where
   languages share a script (57 use Latin) the letters must also occur in texts of that language: ß for German, not for
   English. It tells Thai from English surely, German from English hardly.
 
@@ -63,8 +63,8 @@ def letters_of(emoji: Emoji, lang: str) -> set[str]:
     return letters
 
 
-def language_pieces(tokenizer: Tokenizer, lang: str, emoji: Emoji) -> torch.Tensor:
-    """The pieces that a language can use: bool (V,), V = len(tokenizer). eos is allowed by `generate` itself.
+def language_tokens(tokenizer: Tokenizer, lang: str, emoji: Emoji) -> torch.Tensor:
+    """The tokens that a language can use: bool (V,), V = len(tokenizer). eos is allowed by `generate` itself.
 
     For nano's own tokenizer by vocabulary, for any other by script (see above). Pieces for single bytes are allowed
     where the texts need them, or, by script, where they occur in the UTF-8 of the language's letters. ValueError for a
@@ -76,28 +76,34 @@ def language_pieces(tokenizer: Tokenizer, lang: str, emoji: Emoji) -> torch.Tens
         if not texts:
             raise ValueError(f"--force_lang: the embedded data have no text in {LANGUAGES[lang].name}")
         # With an upper-case first letter too: sentences begin with it. Digits and punctuation come with the texts.
-        for ids in tokenizer.pieces.encode([form for text in texts for form in (text, text[:1].upper() + text[1:])]):
+        for ids in tokenizer.sentencepiece.encode(
+            [form for text in texts for form in (text, text[:1].upper() + text[1:])]
+        ):
             allowed[ids] = True
         scripts = LANGUAGES[lang].scripts
         for i in allowed.nonzero()[
             :, 0
         ].tolist():  # "LED" and "DVD" stand in texts of all scripts, but would let an English model spell on
-            inside = all(script_of(c) is None or script_of(c) in scripts for c in tokenizer.pieces.id_to_piece(i))
-            allowed[i] = inside or tokenizer.pieces.is_byte(i)
+            inside = all(
+                script_of(c) is None or script_of(c) in scripts for c in tokenizer.sentencepiece.id_to_piece(i)
+            )
+            allowed[i] = inside or tokenizer.sentencepiece.is_byte(i)
     else:
         letters = letters_of(emoji, lang)
         bytes_of = {byte for c in letters for byte in c.encode()} | set(range(0x20, 0x7F))
         for i in range(len(tokenizer)):
-            if tokenizer.pieces.is_byte(i):
-                allowed[i] = int(tokenizer.pieces.id_to_piece(i)[1:-1], 16) in bytes_of  # "<0xE0>"
+            if tokenizer.sentencepiece.is_byte(i):
+                allowed[i] = int(tokenizer.sentencepiece.id_to_piece(i)[1:-1], 16) in bytes_of  # "<0xE0>"
             elif not (
-                tokenizer.pieces.is_control(i) or tokenizer.pieces.is_unknown(i) or tokenizer.pieces.is_unused(i)
+                tokenizer.sentencepiece.is_control(i)
+                or tokenizer.sentencepiece.is_unknown(i)
+                or tokenizer.sentencepiece.is_unused(i)
             ):
-                allowed[i] = all(script_of(c) is None or c in letters for c in tokenizer.pieces.id_to_piece(i))
+                allowed[i] = all(script_of(c) is None or c in letters for c in tokenizer.sentencepiece.id_to_piece(i))
     allowed[[tokenizer.pad, tokenizer.unk]] = False
     return allowed
 
 
 def language_masks(tokenizer: Tokenizer, langs, emoji: Emoji) -> dict[str, torch.Tensor]:
-    """`language_pieces` of several languages, computed once."""
-    return {lang: language_pieces(tokenizer, lang, emoji) for lang in langs}
+    """`language_tokens` of several languages, computed once."""
+    return {lang: language_tokens(tokenizer, lang, emoji) for lang in langs}

@@ -30,7 +30,7 @@ def lens(model: MBLIP, visual: torch.Tensor, tokenizer: Tokenizer) -> list[list[
         top = cosines.amax(-1)
         ids = torch.where(top > best, start + cosines.argmax(-1), ids)  # argmax: the first of equal ones
         best = torch.maximum(best, top)
-    texts = [tokenizer.pieces.id_to_piece(i) for i in ids.tolist()]
+    texts = [tokenizer.sentencepiece.id_to_piece(i) for i in ids.tolist()]
     pairs = list(zip(texts, best.clamp(-1, 1).tolist()))
     return [pairs[row * L : (row + 1) * L] for row in range(B)]
 

@@ -18,9 +18,13 @@ def read_record(folder: Path) -> dict:
     """What is known of the files of a folder: {"source": ..., "files": {name: {"size", "sha256", "mtime_ns"}}}."""
     record = read_json(folder / RECORD)
     files = record.get("files") if isinstance(record, dict) else None
-    if not isinstance(files, dict) or not isinstance(record.get("source"), dict) or not all(
-        is_plain_name(name) and isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
-        for name, entry in files.items()
+    if (
+        not isinstance(files, dict)
+        or not isinstance(record.get("source"), dict)
+        or not all(
+            is_plain_name(name) and isinstance(entry, dict) and {"size", "sha256", "mtime_ns"} <= set(entry)
+            for name, entry in files.items()
+        )
     ):
         raise WeightsError(
             f"{folder / RECORD}: no source, or no files with size, sha256 and mtime_ns; delete it if you trust the files"

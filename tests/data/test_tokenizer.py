@@ -14,7 +14,7 @@ def tokenizer():
 
 def test_ids_are_those_of_mt5(tokenizer):
     assert len(tokenizer) == 8000
-    assert [tokenizer.pieces.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]
+    assert [tokenizer.sentencepiece.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]
 
 
 def test_every_name_comes_back_as_people_wrote_it(tokenizer):

@@ -15,7 +15,7 @@ from nanomblip.data.languages import script_group
 from nanomblip.data.scripts import script_of, script_share
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.measure.emoji_splits import answer, questions, score
-from nanomblip.measure.fidelity import language_masks, language_pieces, letters_of
+from nanomblip.measure.fidelity import language_masks, language_tokens, letters_of
 from nanomblip.model.mblip import MBLIP, PRESETS
 
 
@@ -35,7 +35,7 @@ def masks(emoji, tokenizer):
 
 
 def writable(tokenizer, mask, text):
-    return mask[tokenizer.pieces.encode(text)].all().item()
+    return mask[tokenizer.sentencepiece.encode(text)].all().item()
 
 
 def test_every_name_of_a_language_can_be_written_and_few_english_ones_outside_latin(emoji, tokenizer, masks):
@@ -87,7 +87,7 @@ def other_tokenizer(emoji, tmp_path_factory):
 
 def test_by_script_for_any_other_tokenizer(emoji, other_tokenizer):
     t = other_tokenizer
-    masks = {lang: language_pieces(t, lang, emoji) for lang in ("en", "de", "ru", "th", "hi", "ja", "zh", "yi", "ceb")}
+    masks = {lang: language_tokens(t, lang, emoji) for lang in ("en", "de", "ru", "th", "hi", "ja", "zh", "yi", "ceb")}
     for lang, mask in masks.items():
         for i in mask.nonzero()[:, 0].tolist():
             piece = t.pieces.id_to_piece(i)
@@ -106,9 +106,9 @@ def test_by_script_for_any_other_tokenizer(emoji, other_tokenizer):
 
 def test_nano_cannot_be_kept_to_a_language_of_which_it_has_no_text(emoji, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="force_lang.*Cebuano"):
-        language_pieces(tokenizer, "ceb", emoji)
+        language_tokens(tokenizer, "ceb", emoji)
     shutil.copyfile(tokenizer.path, tmp_path / "spiece.model")  # beside a model it is a copy
-    assert torch.equal(language_pieces(Tokenizer(tmp_path / "spiece.model"), "th", emoji), language_pieces(tokenizer, "th", emoji))
+    assert torch.equal(language_tokens(Tokenizer(tmp_path / "spiece.model"), "th", emoji), language_tokens(tokenizer, "th", emoji))
 
 
 def test_a_model_that_knows_nothing_writes_only_the_pieces_of_the_language(emoji, tokenizer, masks):

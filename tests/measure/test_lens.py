@@ -23,7 +23,7 @@ def test_a_row_of_the_embedding_is_its_own_token_at_any_length(nano):
     rows = model.mt5.embed.weight.detach()[ids]
     for factor in (1.0, 1e-3, 1e4):
         found = lens(model, rows * factor, tokenizer)
-        assert [[text for text, _ in pairs] for pairs in found] == [[tokenizer.pieces.id_to_piece(i) for i in row] for row in ids.tolist()]
+        assert [[text for text, _ in pairs] for pairs in found] == [[tokenizer.sentencepiece.id_to_piece(i) for i in row] for row in ids.tolist()]
         assert all(0.999999 < cosine <= 1.0 for pairs in found for _, cosine in pairs)
     assert all(cosine < 0.9 for pairs in lens(model, -rows, tokenizer) for _, cosine in pairs)  # the direction counts, not the line
 
@@ -36,7 +36,7 @@ def test_blocks_give_what_the_whole_embedding_gives(nano, monkeypatch, rows):
     visual = torch.cat([visual, torch.randn(1, 8, visual.shape[-1], generator=torch.Generator().manual_seed(0))])  # (2, Q, D)
     want = F.cosine_similarity(visual[:, :, None], model.mt5.embed.weight[None, None, :8000], dim=-1).max(-1)
     found = lens(model, visual, tokenizer)
-    assert [[text for text, _ in pairs] for pairs in found] == [[tokenizer.pieces.id_to_piece(i) for i in row] for row in want.indices.tolist()]
+    assert [[text for text, _ in pairs] for pairs in found] == [[tokenizer.sentencepiece.id_to_piece(i) for i in row] for row in want.indices.tolist()]
     torch.testing.assert_close(torch.tensor([[c for _, c in pairs] for pairs in found]), want.values.detach())
 
 
@@ -50,7 +50,7 @@ def test_ties_rows_beyond_the_tokenizer_and_zeros(nano):
             weight[8010] = 7.0  # beyond the tokenizer's 8,000
         visual = torch.stack([weight[6000], torch.full_like(weight[0], 3.0), torch.zeros_like(weight[0])])[None].detach()
         (first, beyond, zero), = lens(model, visual, tokenizer)  # fmt: skip
-        assert first == (tokenizer.pieces.id_to_piece(50), pytest.approx(1.0))
+        assert first == (tokenizer.sentencepiece.id_to_piece(50), pytest.approx(1.0))
         assert beyond[1] < 0.9 and zero[1] == 0.0
     finally:
         with torch.no_grad():
