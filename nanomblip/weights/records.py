@@ -27,7 +27,7 @@ def read_record(folder: Path) -> dict:
         )
     ):
         raise WeightsError(
-            f"{folder / RECORD}: no source, or no files with size, sha256 and mtime_ns; delete it if you trust the files"
+            f"{folder / RECORD}: no source, or no files with size, sha256 and mtime_ns; delete it if you trust them"
         )
     return record
 
