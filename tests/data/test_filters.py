@@ -120,6 +120,7 @@ def test_nearly_all_that_people_wrote_is_accepted(people):
     assert max(declaration.share(lang) for lang in plain) < 0.06 and sum(declaration.share(lang) for lang in plain) / len(plain) < 0.006
 
 
+@pytest.mark.slow
 def test_the_documented_rates_are_these(people):
     """The table in the docstring, for the Declaration, which the test judges as a whole."""
     rows = dict(re.findall(r"^    ([a-z ]+?) {2,}([\d.]+) %", filters.__doc__, re.MULTILINE))
@@ -130,6 +131,7 @@ def test_the_documented_rates_are_these(people):
             assert rows[rule] == f"{100 * declaration.share(rule=rule):.2f}", rule
 
 
+@pytest.mark.slow
 def test_the_identifier_is_no_worse_than_py3langid():
     """On 50 characters of each second paragraph and on names, not learned from; languages that py3langid lacks do not count."""
     langid = pytest.importorskip("py3langid.langid")

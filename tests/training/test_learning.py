@@ -3,6 +3,7 @@
 A wrong mask, a picture that does not arrive, a label off by one or a frozen part that should not be would all fail here.
 """
 
+import pytest
 import torch
 
 from nanomblip.training.optimizers import build_optimizers
@@ -15,6 +16,7 @@ from nanomblip.measure.emoji_splits import answer
 from nanomblip.model.mblip import MBLIP, PRESETS
 
 
+@pytest.mark.slow
 def test_nano_learns_six_pictures_by_heart_in_two_languages():
     emoji, tokenizer, image = load_emoji(), Tokenizer(ROOT / "spiece.model"), ImageConfig(size=64)
     pictures = [p for p in emoji.cells_in("train") if emoji.cells[p][1] == "noto"][5::60][:6]
