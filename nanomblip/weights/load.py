@@ -140,8 +140,9 @@ def _load_on_bases(
 ) -> MBLIP:
     """The model of a folder that `save_trained` wrote; errors as in `load_mblip`."""
     bases, keys = config["bases"], ["language_model", "sha256", "trained_sha256", "vision"]
-    if not (isinstance(bases, dict) and sorted(bases) == keys and all(isinstance(v, str) for v in bases.values())):
-        raise WeightsError(f"{folder / 'config.json'}: bases must name {', '.join(keys)}")
+    is_text = lambda v: isinstance(v, str) and not Path(v).is_absolute()
+    if not (isinstance(bases, dict) and sorted(bases) == keys and all(map(is_text, bases.values()))):
+        raise WeightsError(f"{folder / 'config.json'}: bases must name {', '.join(keys)}, folders relative to this one")
     vision, llm = folder / bases["vision"], folder / bases["language_model"]
     # All three before the weights are read, which takes a while.
     own, of_llm = sizes_of(folder, config_from_hf), sizes_of(llm, mt5_config_from_hf)
@@ -152,10 +153,8 @@ def _load_on_bases(
     if unknown := sorted(set(found) - set(names)):
         raise _not_those(folder, "unknown", unknown)
     if _digest_of_bases(vision, llm, [mine for key, mine in names.items() if key not in found]) != bases["sha256"]:
-        raise WeightsError(
-            f"{folder}: was trained on other weights than {bases['vision']} and {bases['language_model']} hold now"
-            + _restore(folder)
-        )
+        other = f"was trained on other weights than {bases['vision']} and {bases['language_model']} hold now"
+        raise WeightsError(f"{folder}: {other}{_restore(folder)}")
     trained = {}
     for key, path in found.items():
         with open_safetensors(path) as file:
