@@ -13,6 +13,7 @@ A bit that flips in a file of floats is not seen, unless it makes a number that 
 (records.py: files that hub.py fetched, and quantised ones of ours) a file that was touched since is hashed first.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -217,7 +218,7 @@ class _Forms:
 
 
 def _read_config(folder: Path) -> dict:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that no file system can have
         raise WeightsError(f"{folder}: no such folder")
     return read_json(folder / "config.json")
 

@@ -244,7 +244,7 @@ def test_trained_parts_come_back_on_top_of_their_bases(on_bases):
 
 
 @pytest.mark.parametrize("damage,message", [("base", "was trained on other weights"), ("bits", "sha256"), ("unknown", "1 unknown key"),
-                                            ("bases", "bases must name"), ("absolute", "config.json: bases must name.*relative"), ("gone", "no such folder"), ("config", "another model")])  # fmt: skip
+                                            ("bases", "bases must name"), ("absolute", "config.json: bases must name.*relative"), ("gone", "no such folder"), ("long", "no such folder"), ("config", "another model")])  # fmt: skip
 def test_trained_parts_refuse_other_bases_and_damage(on_bases, damage, message):
     _, folder = on_bases
     config = json.loads((folder / "config.json").read_text())
@@ -256,6 +256,8 @@ def test_trained_parts_refuse_other_bases_and_damage(on_bases, damage, message):
         edit(folder, lambda t: t.update(other=torch.zeros(1)))
     elif damage == "bases":
         config["bases"].pop("sha256")
+    elif damage == "long":
+        config["bases"]["vision"] = "é" * 300
     elif damage == "absolute":
         config["bases"]["vision"] = str((folder.parent / "mt0").resolve())
     elif damage == "gone":
