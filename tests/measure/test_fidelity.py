@@ -90,8 +90,8 @@ def test_by_script_for_any_other_tokenizer(emoji, other_tokenizer):
     masks = {lang: language_tokens(t, lang, emoji) for lang in ("en", "de", "ru", "th", "hi", "ja", "zh", "yi", "ceb")}
     for lang, mask in masks.items():
         for i in mask.nonzero()[:, 0].tolist():
-            piece = t.pieces.id_to_piece(i)
-            assert t.pieces.is_byte(i) or script_share(piece, lang) in (None, 1.0), (lang, piece)
+            piece = t.sentencepiece.id_to_piece(i)
+            assert t.sentencepiece.is_byte(i) or script_share(piece, lang) in (None, 1.0), (lang, piece)
     for lang in ("en", "de", "ru", "th", "hi", "zh"):
         names = list(emoji.names[lang].values())
         own = sum(writable(t, masks[lang], name) for name in names) / len(names)
@@ -99,7 +99,7 @@ def test_by_script_for_any_other_tokenizer(emoji, other_tokenizer):
     english = list(emoji.names["en"].values())
     for lang in ("ru", "th", "hi", "ja", "zh"):
         assert sum(writable(t, masks[lang], name) for name in english) == 0, lang
-    bytes_of = lambda mask: {int(t.pieces.id_to_piece(i)[3:-1], 16) for i in mask.nonzero()[:, 0].tolist() if t.pieces.is_byte(i)}
+    bytes_of = lambda mask: {int(t.sentencepiece.id_to_piece(i)[3:-1], 16) for i in mask.nonzero()[:, 0].tolist() if t.sentencepiece.is_byte(i)}
     assert 0xE0 in bytes_of(masks["th"]) and 0xD0 not in bytes_of(masks["th"]) and 0xD0 in bytes_of(masks["ru"])
     assert not masks["zh"][t.pad] and not masks["zh"][t.unk] and not masks["zh"][t.eos]
 
