@@ -224,12 +224,6 @@ def test_what_is_no_plain_tensor_is_refused_and_nothing_runs(tmp_path, case):
     assert "\n" not in text and "pytorch_model.bin" in text and "weights_only" not in text  # none of torch's advice to switch it off
 
 
-def test_the_hostile_files_do_run_when_they_are_opened_without_care(tmp_path):
-    torch.save({"a": Runs(os.mkdir, f"{tmp_path}/ran")}, tmp_path / "pytorch_model.bin")
-    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
-    assert (tmp_path / "ran").is_dir()
-
-
 @pytest.mark.parametrize("data", [
     b"cos\nsystem\n(S'touch ran'\ntR.", b"", b"\x80\x02}", b"\x80\x02]\x8c\x01a" + b"(" * 5000 + b".", b"\x80\x04\x95" + b"\xff" * 8 + b".",
     pickle.dumps({"a": 1})[:-1], b"\x80\x02N.", b"c__builtin__\neval\n.", b"\x80\x02cbuiltins\nexec\nX\x01\x00\x00\x001\x85R.",
