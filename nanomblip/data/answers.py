@@ -10,14 +10,19 @@ A line is in the file as soon as `add` returns: Ctrl-C, SIGTERM, SIGHUP, a full 
 answers in the making. Every line starts with the name of its job, a hash of what was asked of which model, so that an
 answer of another model, language or decoding is never taken for one of these. What was half written is dropped the
 next time.
+
+Several processes share the questions out: process i of n takes every n-th from the i-th on (`Shard`) and writes to a
+file of its own. `merge` makes one file of these when no answer is missing.
 """
 
 import hashlib
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanomblip.data.image import ImageConfig
@@ -25,7 +30,7 @@ from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.lora import LoRALinear
 from nanomblip.model.mblip import MBLIP
-from nanomblip.weights.files import digest, lock, sync
+from nanomblip.weights.files import digest, lock, sync, write_atomic
 
 
 def job_name(job: dict) -> str:
@@ -152,3 +157,70 @@ def _is_stdout(path: Path) -> bool:
         return sys.__stdout__ is not None and os.path.samestat(path.stat(), os.fstat(sys.__stdout__.fileno()))
     except (OSError, ValueError):  # a stdout without a number
         return False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one of `count` processes answers: items number, number + count, ... With `merge` it answers nothing."""
+
+    number: int = 0
+    count: int = 1
+    merge: bool = False
+
+    @classmethod
+    def parse(cls, text: str):
+        """From `--shard`: "2/8" is the third of eight, "merge/8" joins them, "" is what torchrun says, or all.
+
+        ValueError for anything else.
+        """
+        if not text:
+            text = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+        first, _, last = text.partition("/")
+        number = 0 if first == "merge" else int(first) if first.isdecimal() else -1
+        if not last.isdecimal() or not 0 <= number < int(last):
+            raise ValueError(f"--shard {text}: give i/n with i from 0 to n - 1, or merge/n")
+        return cls(number, int(last), first == "merge")
+
+    def of(self, items: list) -> list:
+        """The items of this process."""
+        return items[self.number :: self.count]
+
+    def path(self, path: Path | str, number: int | None = None) -> Path:
+        """The file of a shard (this one unless said otherwise): answers.jsonl -> answers.2-of-8.jsonl."""
+        path, number = Path(path), self.number if number is None else number
+        return path if self.count == 1 else path.with_name(f"{path.stem}.{number}-of-{self.count}{path.suffix}")
+
+
+def merge(path: Path | str, shard: Shard, wanted: list[str], key_of: Callable[[dict], str],
+          excused: Callable[[str], bool] = lambda key: False) -> list[str]:  # fmt: skip
+    """Write the answers of all shards to `path`, in the order of `wanted`, the keys of all questions.
+
+    key_of(row) -> key. Returns the keys without an answer that are `excused`, such as those of damaged pictures.
+    ValueError, and nothing is written, for any other that is missing and for an answer that is not wanted or is of
+    another job.
+    """
+    found, jobs = defaultdict(list), {}  # key -> its lines
+    for file in filter(Path.is_file, [shard.path(path, number) for number in range(shard.count)]):
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+            if line.endswith(b"\n"):  # else half written
+                try:
+                    row = json.loads(line)
+                    found[key_of(row)].append(line)
+                    jobs[row["job"]] = file
+                except (ValueError, TypeError, LookupError, RecursionError):
+                    raise ValueError(f"{file}: line {number} is no answer of this program") from None
+    if len(jobs) > 1:
+        raise ValueError(f"{' and '.join(map(str, jobs.values()))} answer different jobs; make one of them again")
+    lines, missing = [], []
+    for i, key in enumerate(wanted):
+        if found[key]:
+            lines.append(found[key].pop(0))
+        elif excused(key):
+            missing.append(key)
+        else:
+            file = shard.path(path, i % shard.count)
+            raise ValueError(f"{file}: holds no answer to {key}; give the command of this shard again")
+    if extra := sum(map(len, found.values())):
+        raise ValueError(f"{path}: the shards hold {extra} answers to what is not asked")
+    write_atomic(Path(path), lambda temporary: temporary.write_bytes(b"".join(lines)))
+    return missing

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, tiny_mblip
 
-from nanomblip.data.answers import AnswerFile, fingerprint, job_name
+from nanomblip.data.answers import AnswerFile, Shard, fingerprint, job_name, merge
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.image import ImageConfig
 from nanomblip.data.tokenizer import Tokenizer
@@ -196,3 +196,68 @@ def test_a_fingerprint_tells_models_apart_by_everything_that_answers_depend_on(t
     models = [tiny_mblip(), with_lora, scaled, int8, threshold, touched, tiny_mblip(replace(TINY, mt5=replace(TINY.mt5, max_distance=11)))]
     prints = {one(model) for model in models} | {one(tiny_mblip(), ImageConfig(size=64, mean=(0.5, 0.5, 0.5)))}
     assert len(prints) == len(models) + 1
+
+
+# --------------------------------------------------------------------------------------------------------- shards
+
+
+def test_a_shard_is_a_flag_or_what_torchrun_says(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False), monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Shard.parse("") == Shard(0, 1) and Shard.parse("2/8") == Shard(2, 8) and Shard.parse("merge/8").merge
+    monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Shard.parse("") == Shard(3, 4) and Shard.parse("0/2") == Shard(0, 2)
+    parts = [Shard(i, 4).of(list(range(10))) for i in range(4)]
+    assert parts[1] == [1, 5, 9] and sorted(sum(parts, [])) == list(range(10))
+    assert Shard(2, 8).path("out/a.answers.jsonl") == Path("out/a.answers.2-of-8.jsonl")
+    assert Shard().path("a.jsonl") == Path("a.jsonl")
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/3", "1", "a/b", "1/0", "/", "merge", "merge/0", "1/2/3"])
+def test_a_shard_that_there_is_not(text):
+    with pytest.raises(ValueError, match="--shard .*give i/n"):
+        Shard.parse(text)
+
+
+def sharded(path, images, count):
+    for i in range(count):
+        ask(Shard(i, count).path(path), Shard(i, count).of(images))
+
+
+@pytest.mark.parametrize("images,count", [("abcdefg", 3), ("ab", 4), ("abacab", 2)])
+def test_merged_shards_are_the_file_of_one_process(tmp_path, images, count):
+    path = tmp_path / "a.jsonl"
+    images = list(images)
+    for i in range(count):
+        with AnswerFile(Shard(i, count).path(path)) as file:
+            file.begin(JOB, name)
+            for image in Shard(i, count).of(images):  # one that is asked for twice is answered twice
+                file.add(image=image, lang="sw", text=image.upper())
+    assert merge(path, Shard(0, count, True), images, name) == []
+    assert [row["image"] for row in rows(path)] == images
+    assert ask(path, images) == []
+
+
+def test_a_merge_notices_what_is_missing_and_what_is_too_much(tmp_path):
+    path, all_of = tmp_path / "a.jsonl", Shard(0, 3, True)
+    sharded(path, list("abcdefg"), 3)
+    part = tmp_path / "a.1-of-3.jsonl"
+    whole = part.read_bytes()
+
+    def fails(words, images="abcdefg"):
+        with pytest.raises(ValueError, match=words):
+            merge(path, all_of, list(images), name)
+        assert not path.exists()
+
+    part.write_bytes(whole[:-1])
+    fails("a.1-of-3.jsonl: holds no answer to e")
+    assert merge(path, all_of, list("abcdefg"), name, lambda key: key == "e") == ["e"]
+    path.unlink()
+    part.unlink()
+    fails("a.1-of-3.jsonl: holds no answer to b")
+    part.write_bytes(b"[]\n" + whole)
+    fails("a.1-of-3.jsonl: line 1 is no answer")
+    part.write_bytes(whole)
+    fails("1 answers to what is not asked", "abcdef")
+    part.unlink()
+    ask(part, list("be"), dict(lang="sw", model="other"))
+    fails("different jobs")
