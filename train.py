@@ -15,9 +15,7 @@ uninterrupted run on the same machine. Ctrl-C and SIGTERM save and exit.
 """
 
 import math
-import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -35,15 +33,15 @@ from nanomblip.data.languages import LANGUAGES
 from nanomblip.flags import parse_flags, run_main
 from nanomblip.measure.emoji_splits import MEASUREMENTS, Validation, evaluate, summary, table
 from nanomblip.model.generate import DECODING
-from nanomblip.model.int8_kernels import has_bf16
+from nanomblip.training import distributed as ranks
 from nanomblip.training.config import CLIP, MACHINE, Config, resolve, resumed_config
 from nanomblip.training.features import CachedFeatures, LiveFeatures, Loader, WorkerDied
 from nanomblip.training.parts import add_checkpointing, mark_trainable, model_parts, parameter_count, parts_table
 from nanomblip.training.saver import Saver
 from nanomblip.training.setup import build_batches, build_start, languages_of, parameters_of, source_folders
-from nanomblip.training.stages import Stage, build_stages, precision
-from nanomblip.training.state import Interrupt, Log, State, keep_memory, pick_device, remove_leftovers
-from nanomblip.weights.files import RunLock, digest, write_json
+from nanomblip.training.stages import Stage, build_stages, precision, uses_bf16
+from nanomblip.training.state import Interrupt, Log, State, claim, keep_memory, pick_device
+from nanomblip.weights.files import digest
 
 
 def main(argv: list[str]) -> int:
@@ -54,17 +52,18 @@ def main(argv: list[str]) -> int:
     keep_memory()
     emoji = load_emoji(cfg.concepts)
     mix, held_out = languages_of(cfg, emoji)
-    sources = source_folders(cfg)
-    cfg = resolve(cfg, parameters_of(sources))
+    with ranks.first_alone():
+        sources = source_folders(cfg)
+    cfg = resolve(cfg, parameters_of(sources), ranks.world())
 
     # Model: ViT, Q-Former and queries of one folder, a language model of another, frozen, in int8 and with LoRA,
     # and a fresh projection.
     torch.manual_seed(cfg.seed)
     start = build_start(cfg, sources)
     model, tokenizer, image = start.model.to(device), start.tokenizer, start.image
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(folder)  # noqa: F841, held until main returns
-    captions, mixture, about = build_batches(cfg, start, emoji, mix, folder)
+    with ranks.first_alone():
+        lock = claim(folder)  # noqa: F841, held until main returns
+        captions, mixture, about = build_batches(cfg, start, emoji, mix, folder)
     if cfg.checkpointing:
         add_checkpointing(model)
 
@@ -73,26 +72,25 @@ def main(argv: list[str]) -> int:
     mark_trainable(model, tuple({part for stage in stages for part in stage.rates}))
 
     # Going on: the state on disk holds all that is trained in some stage.
-    remove_leftovers(folder)
     state = State(folder, model, [])
     step, seconds = state.load() if cfg.resume else (0, 0.0)
     spoken = None if cfg.mixture else mix  # the languages that the model says it answers in
+    ranks.agree(weights=state.frozen, state=digest(state.trained), step=step)
     saver = Saver(folder, start, state, spoken)
-    if not cfg.resume:
-        write_json(folder / "train.json", asdict(cfg))
-    write_json(folder / "preprocessor_config.json", image.to_hf())
-    shutil.copyfile(tokenizer.path, folder / "spiece.model")
+    saver.begin(None if cfg.resume else asdict(cfg))
 
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
     print(f"data    {about}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
+    print(f"step    {cfg.accumulate * cfg.batch} examples: {cfg.batch} x {cfg.accumulate // ranks.world()} micro-batches"
+          f" x {ranks.world()} processes")  # fmt: skip
     print(parts_table(model, {stage.title: stage.column(model) for stage in stages}), flush=True)
 
     # The two stages. Only the embedded pictures' size can be measured on the embedded data.
     language_id, measurable = LanguageID(emoji.names), not cfg.mixture or image.size == emoji.pictures.shape[1]
     run = Run(cfg, model, saver, device)
     run.step, run.seconds = step, seconds
-    run.bf16 = cfg.bf16 == "on" or (cfg.bf16 == "auto" and has_bf16(device) and not cfg.int8)
+    run.bf16 = uses_bf16(cfg, device)
     run.features = CachedFeatures(model, mixture, device, cfg.noise) if cfg.views else LiveFeatures(model)
     run.log = Log(folder / "loss.csv", ("step", "loss", "gradient_norm", "rate"), step)
     every, log = cfg.eval_every if measurable else 0, Log(folder / "validation.csv", Validation.COLUMNS, step)
@@ -105,8 +103,7 @@ def main(argv: list[str]) -> int:
         if run.interrupt.signal:
             print(f"saved at step {run.step}; go on with: python train.py --resume {folder}", file=sys.stderr)
             return 128 + run.interrupt.signal
-    saver.save(run.step, run.seconds)
-    state.older.unlink(missing_ok=True)  # it was for accidents on the way
+    saver.save(run.step, run.seconds, last=True)
     run.interrupt.release()
 
     # What it can do now: fixed splits, captions written as in the paper, with five beams.
@@ -115,7 +112,7 @@ def main(argv: list[str]) -> int:
     results, examples = evaluate(model, tokenizer, image, emoji, asked, language_id, cfg.eval_pictures, which, progress,
                                  decoding=DECODING["caption"])  # fmt: skip
     progress.close()
-    write_json(folder / "record.json", run.record(results, examples))
+    saver.write("record.json", run.record(results, examples))
     if cfg.mixture and (problems := unusable_pictures(mixture.report)):
         print(f"\n{problems}", file=sys.stderr)
     show(results, examples, held_out)
@@ -150,7 +147,7 @@ class Run:
             parameters=parameter_count(t for tensors in model_parts(model).values() for t in tensors),
             trained_parameters=sum(p.numel() for p in self.saver.state.trained.values()),
             torch=torch.__version__, python=platform.python_version(),
-            threads=torch.get_num_threads(), device=str(self.device),
+            processes=ranks.world(), threads=torch.get_num_threads(), device=str(self.device),
             model_sha256=digest(model.state_dict()),
             summary={which: dict(zip(("english", "other"), summary(r))) for which, r in results.items()},
             results=results, samples=examples,
@@ -159,7 +156,8 @@ class Run:
 
 def train(stage: Stage, run: Run) -> None:
     """The steps of one stage that are not done yet; returns early when the user interrupts."""
-    model, accumulate, average, last_save = run.model, run.cfg.accumulate, run.log.recent_mean(1), time.time()
+    model, average, last_save = run.model, run.log.recent_mean(1), time.time()
+    accumulate, forward = run.cfg.accumulate // ranks.world(), ranks.parallel(model, stage.loss, run.features)
     loader = Loader(stage.batches, (run.step - stage.first) * accumulate, run.cfg.workers, run.device)
     bar = tqdm(total=stage.last, initial=run.step, unit="step", desc=stage.title, smoothing=0.05)
     while run.step < stage.last and not run.interrupt.signal:
@@ -167,16 +165,20 @@ def train(stage: Stage, run: Run) -> None:
         share = stage.set_rates(run.step)
         model.train()
         for micro in range(accumulate):
-            torch.manual_seed(step_seed(run.cfg.seed, run.step * accumulate + micro))  # noise and dropout
+            number = (
+                run.step * accumulate + micro
+            ) * ranks.world() + ranks.rank()  # of the micro-batch, in all processes
+            torch.manual_seed(step_seed(run.cfg.seed, number))  # noise and dropout
             try:
                 batch = next(loader)
             except WorkerDied:
                 run.saver.save(run.step, run.seconds)
                 raise
-            with precision(run.device, run.bf16):
-                loss = stage.loss(model, batch, run.features(batch))
+            with precision(run.device, run.bf16), ranks.reducing(forward, micro == accumulate - 1):
+                loss = forward(batch)
                 (loss / accumulate).backward()
             total += loss.item() / accumulate
+        total = ranks.mean(total)
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], CLIP)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise ValueError(
@@ -195,6 +197,7 @@ def train(stage: Stage, run: Run) -> None:
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
         if run.step < stage.last:
             run.look(run.step)
+        run.interrupt.agree()
         if run.interrupt.signal or time.time() - last_save > run.cfg.save_every:
             run.saver.save(run.step, run.seconds)
             last_save = time.time()
@@ -203,12 +206,12 @@ def train(stage: Stage, run: Run) -> None:
 
 def begin(argv: list[str]) -> tuple[Config, Path]:
     """The config of this call and the folder of its run. ValueError for a folder that holds something else."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("train.py runs in one process: start it with python, not with torchrun")
     cfg = parse_flags(Config, argv, "Train nanomblip on pictures with texts in many languages.")
+    ranks.agree(**{f"--{name}": value for name, value in asdict(cfg).items()}, **ranks.what_runs())
     if cfg.resume:
-        return resumed_config(cfg, argv), Path(cfg.resume)
+        return resumed_config(cfg, argv, ranks.world()), Path(cfg.resume)
     name = cfg.name or time.strftime("%Y-%m-%d_%H%M%S_") + cfg.lang_mix.replace(",", "-").replace(":", "")[:40]
+    name = ranks.gather(name)[0]  # the clock of one process
     folder = Path(cfg.out) / name
     if (folder / "train.json").exists():
         raise ValueError(f"{folder} exists; go on with it by --resume {folder}, or give another --name")
@@ -223,4 +226,4 @@ def step_seed(seed: int, micro: int) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(ranks.together(main))

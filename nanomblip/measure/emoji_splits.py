@@ -14,6 +14,7 @@ from nanomblip.data.scripts import normal
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.generate import Decoding, generate
 from nanomblip.model.mblip import MBLIP
+from nanomblip.training.distributed import rank, share_out, world
 
 GREEDY = Decoding(max_new_tokens=24)  # for looks on the way: a fifth of the time of the paper's five beams
 
@@ -52,6 +53,8 @@ def answer(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji,
     Each picture goes through the ViT once, however many languages ask for it. masks: language -> tokens that it may
     use, as in fidelity.py; None = all.
     """
+    if not items:
+        return []
     model.eval()
     device = model.queries.device
     pictures = sorted({p for p, _ in items})
@@ -95,12 +98,17 @@ def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language
     """
     asked = {which: questions(emoji, which, langs, limit) for which in measurements}
     if progress is not None:
-        progress.reset(total=sum(map(len, asked.values())))
+        progress.reset(total=sum(len(items[rank() :: world()]) for items in asked.values()))
     results, examples = {}, []
     for which, items in asked.items():
         if not items:
             continue
-        answers = answer(model, tokenizer, image, emoji, items, progress=progress, masks=masks, decoding=decoding)
+        answers = share_out(
+            items,
+            lambda part: answer(
+                model, tokenizer, image, emoji, part, progress=progress, masks=masks, decoding=decoding
+            ),
+        )
         results[which] = score(emoji, items, answers, language_id)
         if which == measurements[0]:
             examples = pick_examples(emoji, items, answers)

@@ -7,7 +7,7 @@ paper's choices, nano takes nano's, and `--recipe paper` makes nano take the pap
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from nanomblip.data.mixture import TASKS, parse_tasks
@@ -111,7 +111,7 @@ class Config:
     )
     beta2: float | None = flag(None, "AdamW's memory of squared gradients")
     batch: int | None = flag(None, "examples in a micro-batch")
-    accumulate: int | None = flag(None, "micro-batches in an optimizer step")
+    accumulate: int | None = flag(None, "micro-batches in an optimizer step, of each process under torchrun")
 
     redraw: float | None = flag(
         None,
@@ -225,9 +225,12 @@ def check_stages(cfg: Config) -> None:
         raise ValueError("--int8 --bf16 on: int8 layers have types of their own; leave one out")
 
 
-def resolve(cfg: Config, parameters: int) -> Config:
+def resolve(cfg: Config, parameters: int, world: int = 1) -> Config:
     """The config with every None filled in, for a model of so many parameters; ValueError for what does not go
-    together then."""
+    together then.
+
+    Of a new run by `world` processes `accumulate` becomes that of all together: what one process would have to do.
+    """
     large = parameters > LARGE
     values = {name: row[large or cfg.recipe == "paper"] for name, row in CHOICES.items()} | {
         name: row[large] for name, row in SCALE.items()
@@ -247,10 +250,14 @@ def resolve(cfg: Config, parameters: int) -> Config:
     check_stages(replace(cfg, recipe="auto"))
     if cfg.stage1_steps == cfg.steps and asked not in (None, "none"):
         raise ValueError(f"--lora {asked} without stage 2, where it is trained: give more --steps than --warmup_steps")
-    return replace(cfg, warmup_steps=cfg.stage1_steps)
+    if cfg.accumulate % world and cfg.resume:
+        raise ValueError(f"--resume {cfg.resume}: a step has {cfg.accumulate} micro-batches, which {world} processes "
+                         f"cannot share evenly; start as many as divide {cfg.accumulate}")  # fmt: skip
+    accumulate = cfg.accumulate * (1 if cfg.resume else world)
+    return replace(cfg, warmup_steps=cfg.stage1_steps, accumulate=accumulate)
 
 
-def resumed_config(cfg: Config, argv: list[str]) -> Config:
+def resumed_config(cfg: Config, argv: list[str], world: int = 1) -> Config:
     """The stored config of the run to resume, with this call's MACHINE flags; refuses flags that contradict it."""
     if not (Path(cfg.resume) / "train.json").is_file():
         raise ValueError(f"--resume {cfg.resume}: not the folder of a run (it has no train.json)")
@@ -263,8 +270,9 @@ def resumed_config(cfg: Config, argv: list[str]) -> Config:
     ):
         raise ValueError(f"{cfg.resume}/train.json does not fit this version of train.py; start a new run")
     given = {word.split("=")[0].removeprefix("--").removeprefix("no_") for word in argv if word.startswith("--")}
+    mine = asdict(cfg) | ({"accumulate": cfg.accumulate * world} if cfg.accumulate else {})
     for name in given - set(MACHINE):
-        if getattr(cfg, name) != stored[name]:
+        if mine[name] != stored[name]:
             raise ValueError(f"--{name} {getattr(cfg, name)}: the run to resume has {stored[name]}; leave the flag out")
     return Config(**stored | {name: getattr(cfg, name) for name in MACHINE})
 

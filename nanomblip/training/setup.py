@@ -16,6 +16,7 @@ from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.lora import add_lora
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.training.config import Config
+from nanomblip.training.distributed import rank, world
 from nanomblip.weights.files import read_json
 from nanomblip.weights.hub import MODELS, download
 from nanomblip.weights.layout import config_from_hf, mt5_config_from_hf, vision_config_from_hf
@@ -126,13 +127,17 @@ def build_batches(cfg: Config, start: Start, emoji: Emoji, mix: dict[str, float]
         mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, bar)
         mixture.keep_identity(folder / "mixture.json")
         report = folder / "unusable_pictures.tsv"
-        batches = JsonBatches(mixture, start.tokenizer, start.image, cfg.batch, cfg.image_root, report, crop=cfg.crop)
+        batches = JsonBatches(mixture, start.tokenizer, start.image, cfg.batch, cfg.image_root, report, crop=cfg.crop,
+                              rank=rank(), world=world())  # fmt: skip
         return batches, batches, f"{len(mixture):,} examples of {cfg.mixture}"
     of_tasks = lambda tasks: Batches(
         Mixture(emoji, mix, parse_tasks(tasks), cfg.seed, share=cfg.data_share),
-        start.tokenizer, start.image, cfg.batch, views=cfg.views, crop=cfg.crop, redraw=cfg.redraw,
+        start.tokenizer, start.image, cfg.batch, views=cfg.views, crop=cfg.crop, rank=rank(), world=world(),
+        redraw=cfg.redraw,
     )  # fmt: skip
     captions, tasks = of_tasks("caption"), of_tasks(cfg.tasks)
+    if world() > len(tasks.mixture):
+        raise ValueError(f"{world()} processes for {len(tasks.mixture)} pictures: start fewer")
     pairs = sum(map(len, tasks.mixture.usable.values()))
     return (
         captions,

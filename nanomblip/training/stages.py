@@ -18,6 +18,7 @@ import torch
 from nanomblip.data.emoji import Emoji
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.attention import attend_path
+from nanomblip.model.int8_kernels import has_bf16
 from nanomblip.model.mblip import MBLIP
 from nanomblip.training.config import Config
 from nanomblip.training.optimizers import build_optimizers
@@ -103,10 +104,24 @@ def build_stages(cfg: Config, model: MBLIP, tokenizer: Tokenizer, emoji: Emoji, 
     return [stage for stage in stages if stage.first < stage.last]
 
 
+def uses_bf16(cfg: Config, device: torch.device) -> bool:
+    """What `--bf16` means on a device. ValueError for bf16 on a GPU that has no instructions for it.
+
+    auto: bf16 where there are instructions, but beside int8 layers on GPUs only: on a CPU these have types of their own.
+    """
+    if cfg.bf16 == "on" and device.type == "cuda" and not has_bf16(device):
+        raise ValueError("--bf16 on: this GPU has no instructions for bf16; give --bf16 off, which computes in fp32")
+    auto = cfg.bf16 == "auto" and has_bf16(device) and (device.type == "cuda" or not cfg.int8)
+    return cfg.bf16 == "on" or auto
+
+
 @contextmanager
 def precision(device: torch.device, bf16: bool):
     """Matrix products of what is inside in bf16, or everything in fp32. The backward pass belongs inside, because
-    checkpointing runs attention there once more. In bf16 attention of a few places takes less time written out than
-    in torch's fused kernel."""
-    with attend_path("written" if bf16 else "fast"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    checkpointing runs attention there once more. In bf16 on a CPU attention of a few places takes less time written
+    out than in torch's fused kernel."""
+    with (
+        attend_path("written" if bf16 and device.type == "cpu" else "fast"),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
         yield

@@ -11,11 +11,13 @@ import ctypes
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+from nanomblip.training.distributed import gather, rank, world
 from nanomblip.weights.files import RunLock, digest, open_safetensors, save_tensors, write_atomic
 from nanomblip.weights.layout import WeightsError
 
@@ -128,8 +130,9 @@ class Log:
             with open(temporary, "w", newline="") as file:
                 csv.writer(file).writerows([columns, *rows])
 
-        write_atomic(path, write)  # so that a kill in this moment does not cost the rows there were
-        self.file = open(path, "a", newline="")
+        if not rank():
+            write_atomic(path, write)  # so that a kill in this moment does not cost the rows there were
+        self.file = open(os.devnull if rank() else path, "a", newline="")
         self.writer = csv.writer(self.file)
         self.rows = rows
 
@@ -145,18 +148,29 @@ class Log:
 
 
 class Interrupt:
-    """Remembers the first Ctrl-C or SIGTERM until the step is over; a second one ends the process at once."""
+    """Remembers the first Ctrl-C or SIGTERM until the step is over; a second one ends the process at once.
+
+    `signal` is what all ranks know of. Under torchrun, which hands signals on, a second one is nothing new; it kills
+    by itself what has not ended after 30 seconds.
+    """
 
     def __init__(self):
-        self.signal = None
+        self.signal = self.received = None
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.note)
 
     def note(self, number, frame):
-        self.signal = number
+        self.received = number
         for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+            signal.signal(s, signal.SIG_DFL if world() == 1 else signal.SIG_IGN)
+        if world() == 1:
+            print(
+                f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr
+            )
+
+    def agree(self):
+        """Tell the other ranks, and learn of theirs."""
+        self.signal = max(gather(self.received or 0)) or None
 
     def release(self):
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -167,10 +181,17 @@ def pick_device(name: str) -> torch.device:
     """The device that `--device` means: auto takes CUDA where there is one; ValueError for what this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's number of this process on this machine
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
             f"--device {name}: not here; give auto, cpu" + (" or cuda" if torch.cuda.is_available() else "")
         )
+    if name == "cuda":
+        if local >= (count := torch.cuda.device_count()):
+            raise ValueError(f"process {local + 1} of this machine, which has {count} GPUs: --nproc_per_node {count}")
+        torch.cuda.set_device(local)
+        if find_spec("bitsandbytes") is None:
+            print("bitsandbytes is not installed: int8 layers are slow on this GPU; pip install it", file=sys.stderr)
     return torch.device(name)
 
 
@@ -192,6 +213,16 @@ def begin_worker(worker: int) -> None:
     """In a loader worker: Ctrl-C reaches the whole process group, but the main process decides; so for its locks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     RunLock.drop_copies()
+
+
+def claim(folder: Path) -> RunLock | None:
+    """Make the folder of a run, lock it, and clear away what a killed process left half written; rank 0 does."""
+    if rank():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
+    remove_leftovers(folder)
+    return lock
 
 
 def remove_leftovers(folder: Path) -> None:
