@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 
-from nanomblip.data.answers import AnswerFile, fingerprint
-from nanomblip.data.decode import ImageError, list_images, load_image
+from nanomblip.data.answers import AnswerFile, Shard, Stream, fingerprint, merge
+from nanomblip.data.decode import ImageError, is_damaged, list_images, load_image
 from nanomblip.data.emoji import ROOT, load_emoji
 from nanomblip.data.folder import find_model, load_folder, save_folder, spoken
 from nanomblip.data.image import image_to_tensor
 from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.prompts import EVAL_PROMPT
-from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.fidelity import language_tokens
 from nanomblip.measure.lens import lens, show_lens
@@ -60,10 +59,11 @@ class Config:
     lens: bool = flag(False, "also show on stderr the nearest token to each vector that the language model sees")
     batch: int = flag(16, "pictures at a time")
     out: str = flag("", "write JSON lines to this file; answers that are there already are kept, not computed again")
+    shard: str = flag("", "i/n: every n-th picture from i on, into a file beside --out; merge/n: join the n files")
     device: str = flag("auto", "auto, cpu or cuda")
 
 
-def check_flags(cfg: Config, questions: int) -> None:
+def check_flags(cfg: Config, questions: int, shard: Shard) -> None:
     """ValueError for what can be seen to be wrong before anything is loaded."""
     full = [t for t in (cfg.save, cfg.merge) if t and Path(t).exists() and any(Path(t).iterdir())]
     beams = cfg.num_beams > 1 or cfg.preset in DECODING and DECODING[cfg.preset].num_beams > 1
@@ -77,6 +77,8 @@ def check_flags(cfg: Config, questions: int) -> None:
         (cfg.sample and cfg.num_beams > 1, "--num_beams goes without --sample, which draws one text token by token"),
         (cfg.stream and beams, "--stream goes without beams, which go back on what they wrote; nor with their presets"),
         (cfg.adapter and cfg.save, "--save writes no LoRA; give --merge, or leave --adapter out"),
+        (shard.merge and not cfg.out, "--shard merge joins what was written beside --out; give it, too"),
+        (shard.count > 1 and (cfg.save or cfg.merge), "--save and --merge are for one process; leave out --shard"),
         (full, f"--save, --merge: {', '.join(full)} is not an empty folder"),
         (not cfg.out and sys.stdout is None, "stdout is closed; give --out FILE for the answers"),
     ]:
@@ -91,31 +93,13 @@ def decoding_of(cfg: Config) -> Decoding:
     changes = {name: given for name in ("num_beams", "max_new_tokens") if (given := getattr(cfg, name))}
     least = max(preset.min_new_tokens, int(cfg.force_lang))  # else silence is the easiest way to obey
     changes |= dict(num_return=cfg.num_return, seed=cfg.seed, min_new_tokens=least)
-    if cfg.sample:
-        changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p)
-    if cfg.sample or cfg.stream:
-        changes |= dict(num_beams=1)
+    changes |= dict(do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p) if cfg.sample else {}
+    changes |= dict(num_beams=1) if cfg.sample or cfg.stream else {}
     return replace(preset, **changes)
 
 
 def say(message: object) -> None:
     print(f"sample.py: {message}", file=sys.stderr)
-
-
-class Stream:
-    """Prints what is new of a text each time it has grown."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.shown = tokenizer, ""
-
-    def __call__(self, ids: list[int]):
-        text = " ".join(self.tokenizer.decode(ids).rstrip("\ufffd").split())  # a letter may lack some of its bytes
-        if text.startswith(self.shown):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
-
-    def finish(self, text: str):
-        print(text[len(self.shown) :] if text.startswith(self.shown) else f"\n{text}", flush=True)
 
 
 def unanswered(questions: list, out: AnswerFile, job: dict) -> list:
@@ -130,6 +114,15 @@ def unanswered(questions: list, out: AnswerFile, job: dict) -> list:
     return todo
 
 
+def join(cfg: Config, shard: Shard, questions: list) -> int:
+    """One file of the answers of all shards; pictures that cannot be read need no answer."""
+    files = {json.dumps(name): files for name, files in questions}
+    wanted, is_bad = [json.dumps(name) for name, _ in questions], lambda key: is_damaged(load_image, files[key])
+    bad = merge(cfg.out, shard, wanted, lambda row: json.dumps(row["image"]), is_bad)
+    say(f"{len(questions) - len(bad)} answers in {cfg.out}; {len(bad)} pictures could not be read")
+    return 1 if bad else 0
+
+
 @torch.no_grad()
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config, argv, "Caption pictures in one of many languages.")
@@ -137,11 +130,17 @@ def main(argv: list[str]) -> int:
     if left_out:
         say(left_out)
     questions = [([str(f) for f in files], files)] if cfg.together else [(str(f), [f]) for f in files]
-    check_flags(cfg, len(questions))
+    shard, count = Shard.parse(cfg.shard), len(questions)
+    check_flags(cfg, count, shard)
+    if shard.merge:
+        return join(cfg, shard, questions)
+    if not (questions := shard.of(questions)):
+        say(f"--shard {shard.number}/{shard.count}: no picture is left for it")
+        return 0
     lang, decoding, device = parse_lang(cfg.lang), decoding_of(cfg), pick_device(cfg.device)
     prompt = QUESTION.replace("{q}", cfg.question) if cfg.question else cfg.prompt or EVAL_PROMPT
     prompt = prompt.replace("{L}", LANGUAGES[lang].name)
-    with AnswerFile(cfg.out) if cfg.out else nullcontext() as out:
+    with AnswerFile(shard.path(cfg.out)) if cfg.out else nullcontext() as out:
         folder = find_model(cfg.model)
         parse_lang(lang, spoken(folder))
         tokenizer, pictures, model = load_folder(folder, cfg.vision_dtype, cfg.llm_dtype)
@@ -187,12 +186,14 @@ def main(argv: list[str]) -> int:
                 elif stream:
                     stream.finish(texts[0])
                 else:
-                    before = f"{json.dumps(name, ensure_ascii=False)[1:-1]}\t" if len(questions) > 1 else ""
+                    before = f"{json.dumps(name, ensure_ascii=False)[1:-1]}\t" if count > 1 else ""
                     print("\n".join(before + text for text in texts), flush=True)
     for error in bad:
         say(f"error: {error}")
-    if bad and len(questions) > 1:
+    if bad and count > 1:
         say(f"{len(bad)} of {len(questions)} pictures could not be read")
+    if shard.count > 1:  # the merge looks again; torchrun would stop the other processes
+        return 0
     return 0 if not bad else 2 if len(bad) == len(questions) else 1
 
 

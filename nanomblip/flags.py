@@ -127,6 +127,12 @@ def _status_of(main) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU; torch is not imported here
+            raise
+        advice = "give a smaller --batch; in training with more --accumulate, or --checkpointing, or --int8"
+        print(f"{Path(sys.argv[0]).name}: error: the memory of the GPU is full: {advice}", file=sys.stderr)
+        return 2
 
 
 def _drop(stream) -> None:

@@ -287,6 +287,31 @@ def test_a_picture_that_could_not_be_read_is_tried_again(capsys, tmp_path):
     assert sorted(Path(json.loads(line)["image"]).name for line in target.read_text().splitlines()) == ["000.png", "001.png", "002.png"]
 
 
+def test_shards_are_merged_into_the_file_of_one_process(capsys, tmp_path, monkeypatch):
+    """A picture that cannot be read is no missing answer; one that nobody was asked about is."""
+    folder, whole, target = pictures(tmp_path / "p", 5), tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    (folder / "003.png").write_bytes(b"bad")
+    argv = ["--image", folder, CAT, "--max_new_tokens", 5, "--batch", 1]
+    assert run(capsys, *argv, "--out", whole)[0] == 1
+    argv += ["--out", target]
+    for i in (0, 2):
+        assert run(capsys, *argv, "--shard", f"{i}/4")[0] == 0
+    monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
+    status, _, err = run(capsys, *argv)  # under torchrun, without the flag: the shard of the damaged picture
+    assert status == 0 and "003.png" in err  # else torchrun would stop the others
+    status, _, err = run(capsys, *argv, "--shard", "merge/4")
+    assert status == 2 and "a.1-of-4.jsonl: holds no answer to" in err and "001.png" in err and not target.exists()
+    assert run(capsys, *argv, "--shard", "1/4")[0] == 0
+    status, _, err = run(capsys, *argv, "--shard", "merge/4")
+    assert status == 1 and "5 answers in" in err and "1 pictures could not be read" in err
+    assert target.read_bytes() == whole.read_bytes()
+    status, out, err = run(capsys, *argv, "--shard", "7/8")  # more processes than pictures
+    assert (status, out) == (0, "") and "no picture is left for it" in err
+    for flags, words in ((("--shard", "4/4"), "give i/n"), (("--shard", "0/2", "--save", tmp_path / "s"), "for one process")):
+        status, _, err = run(capsys, *argv, *flags)
+        assert status == 2 and words in err and err.count("\n") == 1
+
+
 def test_answers_to_another_question_are_refused_in_one_line(capsys, tmp_path, weights):
     target, other = tmp_path / "a.jsonl", tmp_path / "w"
     assert run(capsys, "--image", CAT, "--out", target, "--model", weights)[0] == 0

@@ -159,6 +159,22 @@ def _is_stdout(path: Path) -> bool:
         return False
 
 
+class Stream:
+    """Prints what is new of a text each time it has grown."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.shown = tokenizer, ""
+
+    def __call__(self, ids: list[int]):
+        text = " ".join(self.tokenizer.decode(ids).rstrip("\ufffd").split())  # a letter may lack some of its bytes
+        if text.startswith(self.shown):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+    def finish(self, text: str):
+        print(text[len(self.shown) :] if text.startswith(self.shown) else f"\n{text}", flush=True)
+
+
 @dataclass(frozen=True)
 class Shard:
     """What one of `count` processes answers: items number, number + count, ... With `merge` it answers nothing."""

@@ -92,6 +92,14 @@ def load_image(source) -> Image.Image:
     raise ImageError(f"{name}: {problem}")
 
 
+def is_damaged(load, names) -> bool:
+    """Whether load(name) fails for one of the pictures."""
+    try:
+        return any(load(name) is None for name in names)
+    except ImageError:
+        return True
+
+
 def _check_file(path, name: str) -> None:
     """Raise ImageError unless `path` is an ordinary file that has content and may be read (a pipe would block)."""
     try:

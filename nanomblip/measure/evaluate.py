@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanomblip.data.answers import AnswerFile, fingerprint
-from nanomblip.data.decode import ImageError, load_image
+from nanomblip.data.answers import AnswerFile, Shard, fingerprint, merge
+from nanomblip.data.decode import ImageError, is_damaged, load_image
 from nanomblip.data.emoji import Emoji, load_emoji
 from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.json_mixture import image_path
@@ -69,6 +69,7 @@ class Config:
     batch: int = flag(32, "questions at a time")
     seed: int = flag(0, "of the bootstrap, and of what is drawn for the questions of --data emoji")
     out: str = flag("", "the JSON record, the answers beside it; default: evaluation_TASK.json in the model's folder")
+    shard: str = flag("", "i/n: answer every n-th question from i on, to a file of its own; merge/n: join the files")
     device: str = flag("auto", "auto, cpu or cuda")
 
     def __post_init__(self):
@@ -248,7 +249,13 @@ def main(argv: list[str]) -> int:
     if cfg.task in CAPTIONS and (message := missing_segmenters(list(dict.fromkeys(item.lang for item in items)))):
         print(f"evaluate: {message}", file=sys.stderr)
 
-    with AnswerFile(out.with_name(out.name.removesuffix(".json") + ".answers.jsonl")) as answers:
+    shard, answered = Shard.parse(cfg.shard), out.with_name(out.name.removesuffix(".json") + ".answers.jsonl")
+    asked = {key_of(about(item)): item for item in items}  # one that is asked twice is answered once
+    if shard.merge:
+        merge(answered, shard, list(asked), key_of, lambda key: is_damaged(load, asked[key].images))
+        shard = Shard()
+    items = list(map(asked.get, shard.of(list(asked)))) if shard.count > 1 else items
+    with AnswerFile(shard.path(answered)) as answers:
         finished = finished_job(out, answers.path)
         model = load_mblip(folder)
         job = dict(model=fingerprint(model, tokenizer, image), decoding=asdict(decoding), force_lang=cfg.force_lang,
@@ -256,6 +263,10 @@ def main(argv: list[str]) -> int:
         parts = model.to(device).eval(), tokenizer
         texts, problems = answer_all(cfg, answers, job, finished, parts, items, load, decoding, masks)
         counted = dict(job=answers.job, bytes=answers.path.stat().st_size)
+    if shard.count > 1:
+        print(f"evaluate: {len(items)} of {len(asked)} questions belong to --shard {shard.number}/{shard.count}; when all "
+              f"are answered: --shard merge/{shard.count}", file=sys.stderr)  # fmt: skip
+        return 0  # the merge sees what is missing; torchrun would stop the other processes
     kept = [(item, text) for item, text in zip(items, texts) if text is not None]
     if not kept:
         first = next(iter(problems.values()))

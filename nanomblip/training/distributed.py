@@ -123,26 +123,27 @@ def first_alone():
 
 
 class Loss(nn.Module):
-    """The loss of a stage as a module, as DistributedDataParallel wants it; batch -> float ()."""
+    """The loss of a stage as a module, as DistributedDataParallel wants it: batch -> float ().
+
+    Its parameters are those that are trained; what is frozen, the int8 codes above all, it does not show.
+    """
 
     def __init__(self, model: nn.Module, loss, features):
         super().__init__()
-        self.model, self.loss, self.features = model, loss, features
+        self.compute = lambda batch: loss(model, batch, features(batch))
+        self.trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
 
     def forward(self, batch: dict) -> torch.Tensor:
-        return self.loss(self.model, batch, self.features(batch))
+        return self.compute(batch)
 
 
 def parallel(model: nn.Module, loss, features) -> nn.Module:
     """The loss of a stage, whose backward pass averages the gradients of the trained parameters over the ranks.
 
-    Every rank has loaded the same weights (`agree`), so none are sent, and frozen buffers never are. Built anew for
-    each stage, because another set of parameters is trained.
+    Built anew for each stage, because another set of parameters is trained.
     """
     module = Loss(model, loss, features)
-    if world() == 1:
-        return module
-    return DistributedDataParallel(module, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    return module if world() == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def reducing(module: nn.Module, last: bool):

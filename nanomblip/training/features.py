@@ -27,7 +27,7 @@ class LiveFeatures:
 
 class CachedFeatures:
     """features(batch) -> float (B, 1, N, Dv), from a cache of all training pictures in `views` random views: (P,
-    views, N, Dv), on the CPU.
+    views, N, Dv), on the GPU where it takes at most half of what is free there, else on the CPU.
 
     noise: Gaussian noise of up to this times the standard deviation over pictures, its strength drawn for each
     picture. ValueError if the cache would take more than LARGEST_CACHE bytes.
@@ -44,18 +44,21 @@ class CachedFeatures:
         task = (
             "caption" if mixture.tasks == ["caption"] else "several"
         )  # one view serves all tasks: mirrored for captions only
-        self.device, self.cache = device, torch.zeros(len(mixture.emoji.cells), batches.views, vit.tokens, vit.width)
+        fits = device.type == "cuda" and 2 * size < torch.cuda.mem_get_info()[0]
+        self.device, self.home = device, device if fits else torch.device("cpu")
+        self.cache = torch.zeros(len(mixture.emoji.cells), batches.views, vit.tokens, vit.width, device=self.home)
         jobs = [(p, v) for p in mixture.cells for v in range(batches.views)]
         for i in tqdm(range(0, len(jobs), 256), desc="frozen ViT", leave=False):
             part = jobs[i : i + 256]
             drawn = [random.Random(f"{mixture.seed}/cached/{p}/{v}") for p, v in part]
             image = torch.stack([batches.augmented(p, rng, task) for (p, _), rng in zip(part, drawn)])[:, None]
             pictures, views = torch.tensor(part).T
-            self.cache[pictures, views] = model.image_features(image.to(device))[:, 0].cpu()
+            self.cache[pictures, views] = model.image_features(image.to(device))[:, 0].to(self.home)
         self.noise = noise * self.cache[mixture.cells].std((0, 1)).to(device)  # (N, Dv)
 
     def __call__(self, batch: dict) -> torch.Tensor:
-        seen = self.cache[batch["picture"].cpu(), batch["view"].cpu()][:, None].to(self.device)  # (B, 1, N, Dv)
+        picture, view = batch["picture"].to(self.home), batch["view"].to(self.home)
+        seen = self.cache[picture, view][:, None].to(self.device)  # (B, 1, N, Dv)
         if self.noise.any():
             strength = torch.rand(len(seen), 1, 1, 1, device=self.device)
             seen = seen + self.noise * torch.randn_like(seen) * strength
@@ -71,7 +74,8 @@ class Loader:
 
     def __init__(self, batches: torch.utils.data.Dataset, start: int, workers: int, device: torch.device):
         numbers = range(start, 2**62)
-        options = dict(batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=begin_worker)
+        options = dict(batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=begin_worker,
+                       pin_memory=device.type == "cuda")  # fmt: skip
         self.batches, self.device = iter(DataLoader(batches, **options)), device
 
     def __next__(self) -> dict[str, torch.Tensor]:
@@ -83,7 +87,7 @@ class Loader:
             raise WorkerDied(
                 "a loader worker was killed, perhaps because memory ran out; give fewer --workers"
             ) from None
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 class WorkerDied(ValueError):

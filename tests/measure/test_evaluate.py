@@ -209,3 +209,19 @@ def test_a_picture_that_is_missing_is_tried_again(run, folder, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["answered"] == 2
     Image.new("RGB", (30, 30), (90, 0, 0)).save(tmp_path / "1.png")
     assert run(*flags)[::3] == (0, 1) and json.loads((tmp_path / "r.json").read_text())["answered"] == 3
+
+
+def test_shards_are_merged_into_the_record_of_one_process(run, folder, tmp_path):
+    flags = ["--model", folder, "--langs", "th,ta", "--limit", 6, "--batch", 4, "--preset", "greedy", "--out"]
+    _, report, _, _ = run(*flags, tmp_path / "whole.json")
+    out = tmp_path / "r.json"
+    assert run(*flags, out, "--shard", "0/2")[3] == 6 and not out.exists()
+    status, _, err, asked = run(*flags, out, "--shard", "merge/2")
+    assert status == 2 and asked == 0 and "r.answers.1-of-2.jsonl: holds no answer" in err and not out.exists()
+    status, printed, err, asked = run(*flags, out, "--shard", "1/2")
+    assert (status, printed, asked) == (0, "", 6) and "6 of 12 questions belong to --shard 1/2" in err
+    status, merged, _, asked = run(*flags, out, "--shard", "merge/2")
+    assert (status, asked, merged) == (0, 0, report)
+    whole, record = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "r.json"))
+    assert record["results" if "results" in record else "samples"] == whole["results" if "results" in whole else "samples"]
+    assert record["answers"] == whole["answers"]

@@ -46,6 +46,9 @@ def serve() -> None:
     for line in sys.stdin:
         job, pids = json.loads(line), []
         os.chdir(job["folder"])
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if job["world"] > 1:  # torchrun, too, holds the store of its ranks, so that it outlives them
+            job["environ"] |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
         for rank in range(job["world"]):
             if (pid := os.fork()) == 0:
                 rank_main(job, rank)
