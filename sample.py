@@ -192,9 +192,8 @@ def main(argv: list[str]) -> int:
         say(f"error: {error}")
     if bad and count > 1:
         say(f"{len(bad)} of {len(questions)} pictures could not be read")
-    if shard.count > 1:  # the merge looks again; torchrun would stop the other processes
-        return 0
-    return 0 if not bad else 2 if len(bad) == len(questions) else 1
+    fine = not bad or shard.count > 1  # the merge looks again; torchrun would stop the other processes
+    return 0 if fine else 2 if len(bad) == len(questions) else 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanomblip.flags import flag, parse_flags, run_main
 
@@ -50,6 +51,20 @@ def test_help_shows_defaults_and_reasons(capsys):
         parse("--help")
     out = capsys.readouterr().out
     assert "rate (default: 0.1)" in out and "--no_fast" in out and "{a,b}" in out
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_lower(monkeypatch, capsys):
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("train.py: error: the memory of the GPU is full: give a smaller --batch")
+    assert err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run_main(lambda argv: (_ for _ in ()).throw(RuntimeError("a mistake")))
 
 
 # ------------------------------------------------------------------------------------------------------ terminals

@@ -10,12 +10,17 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import COMMON, DATA, SMALL, save_mblip, save_mt5
+from torch.distributed.run import get_args_parser
 
+import sample
+import train
+from nanomblip.measure import evaluate
 from nanomblip.model.mblip import MBLIP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,6 +227,52 @@ def test_what_all_do_wrong_is_said_once(ranks, tmp_path):
     assert statuses == [2, 2] and said[1] == "" and "did you mean --steps" in one_line(said)
     statuses, said = ranks.run(tmp_path, 2, [*LONG, "--init", "nowhere"])
     assert statuses == [2, 2] and said[1] == "" and "nowhere" in one_line(said)
+
+
+def test_torchrun_takes_no_flag_for_its_own():
+    for config in (train.Config, sample.Config, evaluate.Config):
+        for name in (f.name for f in fields(config)):
+            words = [f"--{name}", "x", f"--no_{name}"]
+            assert get_args_parser().parse_args(["train.py", *words]).training_script_args == words
+
+
+SCRIPT = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import ranks
+print(os.getpid(), file=open("pid" + os.environ["RANK"], "w"))
+ranks.train.run_main(ranks.distributed.together(ranks.train.main))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path):
+    """A signal to torchrun saves; a rank that is killed ends the job within a minute; what was saved goes on."""
+    (tmp_path / "small.py").write_text(SCRIPT)
+
+    def start(*argv):
+        for pid in tmp_path.glob("pid*"):
+            pid.unlink()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "small.py"]
+        return subprocess.Popen([*command, *map(str, argv)], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+    job = start(*LONG)
+    wait_for_step(tmp_path, 3)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0 and said.count("go on with: python train.py --resume out/r") == 1
+    done = len(losses(tmp_path / "out/r"))
+    job = start("--resume", "out/r", "--save_every", "0")
+    wait_for_step(tmp_path, done + 3)
+    started = time.time()
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0 and said.count("another of the 2 processes ended without a word") == 1
+    assert time.time() - started < 60 and "error: another" in said
+    job = start("--resume", "out/r")
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0 and len(losses(tmp_path / "out/r")) == 40
 
 
 def test_an_environment_that_torchrun_did_not_make(ranks, tmp_path):

@@ -154,3 +154,16 @@ def test_the_official_sizes_take_the_papers_choices_and_scale():
 def test_a_stage_knows_its_rates_for_the_table():
     stage = Stage("x", 0, 1, {"projection": 0.5}, False, None, None)
     assert stage.column(tiny_mblip()) == ["", "", "", "0.5", ""]
+
+
+def test_bf16_is_where_there_are_instructions_for_it(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for has in (False, True):
+        monkeypatch.setattr("nanomblip.training.stages.has_bf16", lambda device: has)
+        assert uses_bf16(Config(), gpu) is uses_bf16(Config(), cpu) is uses_bf16(Config(int8=True), gpu) is has
+        assert not uses_bf16(Config(int8=True), cpu) and not uses_bf16(Config(bf16="off"), gpu)
+        assert uses_bf16(Config(bf16="on"), cpu)
+    assert uses_bf16(Config(bf16="on"), gpu)
+    monkeypatch.setattr("nanomblip.training.stages.has_bf16", lambda device: False)
+    with pytest.raises(ValueError, match="--bf16 on: this GPU has no instructions for bf16"):
+        uses_bf16(Config(bf16="on"), gpu)

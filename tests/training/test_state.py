@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nanomblip.training.state import Log, State
+from nanomblip.training.state import Log, State, pick_device
 from nanomblip.weights.files import RunLock
 
 
@@ -51,3 +51,19 @@ def test_the_memory_of_one_stage_is_not_given_to_the_next(tmp_path):
         other.state.clear()
         state.use([other], stage)
         assert bool(other.state) == kept and (not kept or torch.equal(other.state[model.weight]["exp_avg"], one.state[model.weight]["exp_avg"]))
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr("nanomblip.training.state.find_spec", lambda name: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda") and taken == [1]
+    said = capsys.readouterr().err
+    assert said.startswith("bitsandbytes is not installed") and said.count("\n") == 1
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 3 of this machine, which has 2 GPUs: --nproc_per_node 2"):
+        pick_device("cuda")
+    assert pick_device("cpu") == torch.device("cpu") and taken == [1]

@@ -347,12 +347,6 @@ def test_a_killed_loader_worker_is_one_line_and_the_run_can_be_gone_on_with(monk
     assert everything("r") == everything("whole")
 
 
-def test_a_second_rank_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        train.main([*FLAGS, "--name", "r"])
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_update(monkeypatch):
     before = {}
     loss = MBLIP.loss
