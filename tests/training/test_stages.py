@@ -20,7 +20,7 @@ from nanomblip.training.config import CHOICES, LARGE, SCALE, Config, resolve
 from nanomblip.training.features import CachedFeatures, Loader
 from nanomblip.training.optimizers import MUON_LR, WEIGHT_DECAY, build_optimizers
 from nanomblip.training.parts import EVERYTHING, STAGE2, add_checkpointing, mark_trainable, model_parts
-from nanomblip.training.stages import NamesLoss, Stage, build_stages, language_loss
+from nanomblip.training.stages import NamesLoss, Stage, build_stages, language_loss, uses_bf16
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
