@@ -38,7 +38,7 @@ from nanomblip.training.config import CLIP, MACHINE, Config, resolve, resumed_co
 from nanomblip.training.features import CachedFeatures, LiveFeatures, Loader, WorkerDied
 from nanomblip.training.parts import add_checkpointing, mark_trainable, model_parts, parameter_count, parts_table
 from nanomblip.training.saver import Saver
-from nanomblip.training.setup import build_batches, build_start, languages_of, parameters_of, source_folders
+from nanomblip.training.setup import build_batches, build_in_turn, languages_of, parameters_of, source_folders
 from nanomblip.training.stages import Stage, build_stages, precision, uses_bf16
 from nanomblip.training.state import Interrupt, Log, State, claim, keep_memory, pick_device
 from nanomblip.weights.files import digest
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     # Model: ViT, Q-Former and queries of one folder, a language model of another, frozen, in int8 and with LoRA,
     # and a fresh projection.
     torch.manual_seed(cfg.seed)
-    start = build_start(cfg, sources)
+    start = build_in_turn(cfg, sources, device)
     model, tokenizer, image = start.model.to(device), start.tokenizer, start.image
     with ranks.first_alone():
         lock = claim(folder)  # noqa: F841, held until main returns
@@ -82,8 +82,8 @@ def main(argv: list[str]) -> int:
     print(f"run     {folder}" + (f", going on at step {step}" if step else ""))
     print("config  " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != "" and k not in MACHINE))
     print(f"data    {about}; {cfg.steps * cfg.accumulate * cfg.batch:,} examples to see")
-    print(f"step    {cfg.accumulate * cfg.batch} examples: {cfg.batch} x {cfg.accumulate // ranks.world()} micro-batches"
-          f" x {ranks.world()} processes")  # fmt: skip
+    micro = f"{cfg.batch} x {cfg.accumulate // ranks.world()} micro-batches x {ranks.world()} processes"
+    print(f"step    {cfg.accumulate * cfg.batch} examples: {micro}")
     print(parts_table(model, {stage.title: stage.column(model) for stage in stages}), flush=True)
 
     # The two stages. Only the embedded pictures' size can be measured on the embedded data.

@@ -264,8 +264,8 @@ def main(argv: list[str]) -> int:
         texts, problems = answer_all(cfg, answers, job, finished, parts, items, load, decoding, masks)
         counted = dict(job=answers.job, bytes=answers.path.stat().st_size)
     if shard.count > 1:
-        print(f"evaluate: {len(items)} of {len(asked)} questions belong to --shard {shard.number}/{shard.count}; when all "
-              f"are answered: --shard merge/{shard.count}", file=sys.stderr)  # fmt: skip
+        mine = f"{len(items)} of {len(asked)} questions belong to --shard {shard.number}/{shard.count}"
+        print(f"evaluate: {mine}; when all are answered: --shard merge/{shard.count}", file=sys.stderr)
         return 0  # the merge sees what is missing; torchrun would stop the other processes
     kept = [(item, text) for item, text in zip(items, texts) if text is not None]
     if not kept:

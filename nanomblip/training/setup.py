@@ -1,5 +1,8 @@
 """Where a run starts from: languages and examples, and the model that a config describes, loaded and frozen."""
 
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +16,12 @@ from nanomblip.data.languages import parse_lang, parse_lang_mix
 from nanomblip.data.mixture import Batches, Mixture, parse_tasks
 from nanomblip.data.processor import PICTURES, PROCESSOR, load_image_config
 from nanomblip.data.tokenizer import Tokenizer
+from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.lora import add_lora
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.training.config import Config
-from nanomblip.training.distributed import rank, world
-from nanomblip.weights.files import read_json
+from nanomblip.training.distributed import gather, rank, world
+from nanomblip.weights.files import open_safetensors, read_json, save_tensors
 from nanomblip.weights.hub import MODELS, download
 from nanomblip.weights.layout import config_from_hf, mt5_config_from_hf, vision_config_from_hf
 from nanomblip.weights.load import load_mblip, load_mt5, load_vision, sizes_of
@@ -107,6 +111,32 @@ def build_start(cfg: Config, folders: tuple[Path, ...]) -> Start:
         )
     bases = folders if len(folders) == 2 else None
     return Start(model, Tokenizer(source / "spiece.model"), image, source, bases, rounded)
+
+
+def build_in_turn(cfg: Config, folders: tuple[Path, ...], device: torch.device) -> Start:
+    """`build_start`, but processes on the CPUs of one machine share the codes of its int8 layers.
+
+    They build one after the other, so that only one copy is ever in the making. The first leaves the codes in a file
+    (in TMPDIR), which all map into their memory instead of what they made; then it has no name any more.
+    """
+    if world() == 1 or device.type != "cpu" or not cfg.int8:
+        return build_start(cfg, folders)
+    local, machine = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "GROUP_RANK"))
+    start, file = None, ""
+    for turn in range(max(gather(local)) + 1):
+        if turn == local:
+            start = build_start(cfg, folders)
+            layers = {path: m for path, m in start.model.named_modules() if isinstance(m, Int8Linear)}
+            if local == 0:
+                file = str(Path(tempfile.mkdtemp(prefix="nanomblip-")) / "codes.safetensors")
+                save_tensors(Path(file), {path: layer.weight for path, layer in layers.items()}, {})
+            with open_safetensors(Path(file)) as codes:
+                for path, layer in layers.items():
+                    layer.replace(codes.get_tensor(path), layer.SCB)
+        file = next((name for where, name in gather([machine, file]) if where == machine and name), file)
+    if local == 0:
+        shutil.rmtree(Path(file).parent)
+    return start
 
 
 def languages_of(cfg: Config, emoji: Emoji) -> tuple[dict[str, float], list[str]]:

@@ -107,7 +107,7 @@ def build_stages(cfg: Config, model: MBLIP, tokenizer: Tokenizer, emoji: Emoji, 
 def uses_bf16(cfg: Config, device: torch.device) -> bool:
     """What `--bf16` means on a device. ValueError for bf16 on a GPU that has no instructions for it.
 
-    auto: bf16 where there are instructions, but beside int8 layers on GPUs only: on a CPU these have types of their own.
+    auto: bf16 where there are instructions, but beside int8 layers on GPUs only: on a CPU these have their own types.
     """
     if cfg.bf16 == "on" and device.type == "cuda" and not has_bf16(device):
         raise ValueError("--bf16 on: this GPU has no instructions for bf16; give --bf16 off, which computes in fp32")

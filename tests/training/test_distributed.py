@@ -129,6 +129,34 @@ def test_fifty_steps_of_one_two_and_four_ranks(ranks, tmp_path):
     print([max(abs(a - b) / a for a, b in zip(found[0], other)) for other in found[1:]])
 
 
+SHARED = """
+from nanomblip.model.int8 import Int8Linear
+train_stage = train.train
+def looked_at(stage, run):
+    mapped = [line.split() for line in open("/proc/self/maps") if "codes.safetensors" in line]
+    places = [tuple(int(end, 16) for end in words[0].split("-")) for words in mapped]
+    layers = [m for m in run.model.modules() if isinstance(m, Int8Linear)]
+    inside = sum(any(a <= m.weight.data_ptr() < b for a, b in places) for m in layers)
+    print(inside, len(layers), {words[4] for words in mapped}, file=open(f"shared{rank}", "w"))
+    train_stage(stage, run)
+train.train = looked_at
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_int8_codes_are_in_memory_once(ranks, tmp_path):
+    """Both ranks map the same file, which has no name any more, and train as one process does."""
+    more = [*bases(tmp_path), "--int8", "--warmup", "none"]
+    flags = [*FLAGS, 2, *more, "--batch", 4, "--name"]
+    statuses, said = ranks.run(tmp_path, 2, [*flags, "of2", "--accumulate", 1], patch=SHARED, TMPDIR=str(tmp_path))
+    assert statuses == [0, 0], said
+    one, two = ((tmp_path / f"shared{r}").read_text().split(maxsplit=2) for r in range(2))
+    assert one == two and one[0] == one[1] != "0" and "," not in one[2]  # the same inode
+    assert not list(tmp_path.glob("nanomblip-*"))
+    assert ranks.run(tmp_path, 1, [*flags, "of1", "--accumulate", 2])[0] == [0]
+    assert losses(tmp_path / "out/of2") == pytest.approx(losses(tmp_path / "out/of1"), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ ends
 
 LONG = [*FLAGS, "40", "--accumulate", "1", "--save_every", "0", "--name", "r"]
@@ -200,12 +228,12 @@ distributed.what_runs = lambda: dict(torch=facts.get("torch"), code=str(rank), d
 """
 OTHER_WEIGHTS = """
 from nanomblip.training import setup
-build = train.build_start
+build = setup.build_start
 def other(cfg, folders):
     start = build(cfg, folders)
     start.model.proj.bias.data += rank
     return start
-train.build_start = other
+setup.build_start = other
 """
 
 
