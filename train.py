@@ -165,10 +165,7 @@ def train(stage: Stage, run: Run) -> None:
         share = stage.set_rates(run.step)
         model.train()
         for micro in range(accumulate):
-            number = (
-                run.step * accumulate + micro
-            ) * ranks.world() + ranks.rank()  # of the micro-batch, in all processes
-            torch.manual_seed(step_seed(run.cfg.seed, number))  # noise and dropout
+            torch.manual_seed(step_seed(run.cfg.seed, ranks.number(run.step * accumulate + micro)))  # noise and dropout
             try:
                 batch = next(loader)
             except WorkerDied:

@@ -43,6 +43,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def number(m: int) -> int:
+    """Of this rank's m-th micro-batch among those of all ranks, as in mixture.Batches."""
+    return m * world() + rank()
+
+
 # ---------------------------------------------------------------------------------------------------------- agreeing
 
 
