@@ -164,6 +164,7 @@ class Interrupt:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, signal.SIG_DFL if world() == 1 else signal.SIG_IGN)
         if world() == 1:
+            self.signal = number
             print(
                 f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr
             )
