@@ -11,7 +11,8 @@ loss.csv and validation.csv, state.safetensors (to go on from), train.json (the 
 results).
 
 Every random choice is a function of (seed, step), so `--resume out/<name>` ends with the same bits as an
-uninterrupted run on the same machine. Ctrl-C and SIGTERM save and exit.
+uninterrupted run on the same machine. Ctrl-C and SIGTERM save and exit. Started by torchrun, several processes train
+one model (training/distributed.py).
 """
 
 import math
@@ -204,7 +205,7 @@ def train(stage: Stage, run: Run) -> None:
 def begin(argv: list[str]) -> tuple[Config, Path]:
     """The config of this call and the folder of its run. ValueError for a folder that holds something else."""
     cfg = parse_flags(Config, argv, "Train nanomblip on pictures with texts in many languages.")
-    ranks.agree(**{f"--{name}": value for name, value in asdict(cfg).items()}, **ranks.what_runs())
+    ranks.agree(**ranks.what_runs(), **{f"--{name}": value for name, value in asdict(cfg).items()})
     if cfg.resume:
         return resumed_config(cfg, argv, ranks.world()), Path(cfg.resume)
     name = cfg.name or time.strftime("%Y-%m-%d_%H%M%S_") + cfg.lang_mix.replace(",", "-").replace(":", "")[:40]

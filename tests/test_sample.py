@@ -18,6 +18,7 @@ from make_checkpoint import write_checkpoint
 from PIL import Image
 
 import sample
+from nanomblip.data import answers
 from nanomblip.data import folder as folders
 from nanomblip.data.emoji import ROOT as DATA
 from nanomblip.data.image import ImageConfig
@@ -443,7 +444,7 @@ def test_two_pictures_together_are_one_question(capsys, tmp_path):
 def test_a_stream_prints_the_same_text(capsys, monkeypatch):
     status, want, _ = run(capsys, "--image", CAT, "--preset", "greedy", "--max_new_tokens", 30)
     parts = []
-    monkeypatch.setattr(sample, "print", lambda *args, **kwargs: (parts.append(args[0] if args else ""), print(*args, **kwargs))[1], raising=False)
+    monkeypatch.setattr(answers, "print", lambda *args, **kwargs: (parts.append(args[0] if args else ""), print(*args, **kwargs))[1], raising=False)
     status, got, _ = run(capsys, "--image", CAT, "--stream", "--max_new_tokens", 30)
     assert status == 0 and got.splitlines()[-1] == want.splitlines()[-1] and len(parts) > 3
     for flags in (("--num_beams", 3), ("--preset", "caption"), ("--out", "x"), (CAT,)):

@@ -250,6 +250,8 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, mixture: Mixture, tokenizer: Tokenizer, image: ImageConfig, batch: int, views: int = 0,
                  pool: int = 32, crop: float = 0.5, rank: int = 0, world: int = 1, redraw: float = 0.0):  # fmt: skip
         assert 0 <= rank < world, f"process {rank} of {world}"
+        if world > len(mixture):
+            raise ValueError(f"{world} processes for {len(mixture)} pictures: start fewer")
         self.mixture, self.tokenizer, self.image = mixture, tokenizer, image
         self.batch, self.views, self.pool, self.crop, self.rank, self.world = batch, views, pool, crop, rank, world
         self.redraw = redraw

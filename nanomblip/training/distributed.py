@@ -74,23 +74,21 @@ def mean(value: float) -> float:
 def share_out(items: list, answer) -> list:
     """answer(items) -> a list of as many JSON values; each rank answers every world-th item, and gets all answers."""
     answers = [None] * len(items)
-    for number, part in enumerate(gather(answer(items[rank() :: world()]))):
-        answers[number :: world()] = part
+    for who, part in enumerate(gather(answer(items[rank() :: world()]))):
+        answers[who :: world()] = part
     return answers
 
 
 def agree(**facts) -> None:
     """ValueError when a rank says another thing (JSON) of itself than rank 0."""
     first, *others = gather(facts)
-    for number, other in enumerate(others, 1):
+    for who, other in enumerate(others, 1):
         for name, value in first.items():
-            if other[name] != value:
+            if other.get(name) != value:
                 if rank():
                     raise PeerFailed
-                raise ValueError(
-                    f"rank {number} has {name} {other[name]}, rank 0 has {value}: start all with the same flags, code "
-                    "and data"
-                )
+                difference = f"rank {who} has {name} {other.get(name)}, rank 0 has {value}"
+                raise ValueError(f"{difference}: start all with the same flags, code and data")
 
 
 def what_runs() -> dict[str, str]:
@@ -197,9 +195,9 @@ def _start() -> None:
             "torchrun, or unset WORLD_SIZE"
         )
     try:
-        _store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        _store, mine, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(backend, store=_store, rank=mine, world_size=count, timeout=PATIENCE)
         gather(None)
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ[name] for name in NEEDED[2:])
@@ -238,7 +236,7 @@ def _last_word(error: Exception) -> BaseException:
         lost = f"another of the {world()} processes ended without a word (killed, perhaps because memory ran out); "
         error = ValueError(lost + "what was saved last is whole: go on with --resume")
         return error if _speaks(wait=3.0) else SystemExit(2)
-    if not _speaks():
+    if not _speaks(wait=1.0 * (rank() > 0)):  # what all would say, rank 0 does
         return SystemExit(2)
     if rank() and isinstance(error, (ValueError, OSError)):
         return ValueError(f"rank {rank()}: {error}")

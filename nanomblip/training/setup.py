@@ -166,8 +166,6 @@ def build_batches(cfg: Config, start: Start, emoji: Emoji, mix: dict[str, float]
         redraw=cfg.redraw,
     )  # fmt: skip
     captions, tasks = of_tasks("caption"), of_tasks(cfg.tasks)
-    if world() > len(tasks.mixture):
-        raise ValueError(f"{world()} processes for {len(tasks.mixture)} pictures: start fewer")
     pairs = sum(map(len, tasks.mixture.usable.values()))
     return (
         captions,

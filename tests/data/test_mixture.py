@@ -303,3 +303,10 @@ def test_with_cached_features_the_batch_names_a_view_instead(emoji, tokenizer):
     views = torch.cat([b[m]["view"] for m in range(8)])
     assert "image" not in b[0] and set(views.tolist()) == {0, 1, 2}
     assert torch.equal(b[0]["prompt"], batches(emoji, tokenizer)[0]["prompt"])
+
+
+def test_more_processes_than_pictures_are_refused(emoji, tokenizer):
+    mixture = stream(emoji, tasks="caption")
+    Batches(mixture, tokenizer, ImageConfig(size=64), 4, world=len(mixture))
+    with pytest.raises(ValueError, match=f"{len(mixture) + 1} processes for {len(mixture)} pictures: start fewer"):
+        Batches(mixture, tokenizer, ImageConfig(size=64), 4, world=len(mixture) + 1)
