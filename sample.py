@@ -17,7 +17,7 @@ import torch
 from nanomblip.data.answers import AnswerFile, Shard, Stream, fingerprint, merge
 from nanomblip.data.decode import ImageError, is_damaged, list_images, load_image
 from nanomblip.data.emoji import ROOT, load_emoji
-from nanomblip.data.folder import find_model, load_folder, save_folder, spoken
+from nanomblip.data.folder import find_model, load_folder, pick_device, save_folder, spoken
 from nanomblip.data.image import image_to_tensor
 from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.prompts import EVAL_PROMPT
@@ -25,7 +25,6 @@ from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.measure.fidelity import language_tokens
 from nanomblip.measure.lens import lens, show_lens
 from nanomblip.model.generate import DECODING, Decoding, generate
-from nanomblip.training.state import pick_device
 from nanomblip.weights.adapter import load_adapter
 from nanomblip.weights.load import DTYPES
 

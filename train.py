@@ -28,6 +28,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from nanomblip.data.emoji import load_emoji
+from nanomblip.data.folder import pick_device
 from nanomblip.data.json_mixture import unusable_pictures
 from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES
@@ -41,7 +42,7 @@ from nanomblip.training.parts import add_checkpointing, mark_trainable, model_pa
 from nanomblip.training.saver import Saver
 from nanomblip.training.setup import build_batches, build_in_turn, languages_of, parameters_of, source_folders
 from nanomblip.training.stages import Stage, build_stages, precision, uses_bf16
-from nanomblip.training.state import Interrupt, Log, State, claim, keep_memory, pick_device
+from nanomblip.training.state import Interrupt, Log, State, claim, keep_memory
 from nanomblip.weights.files import digest
 
 

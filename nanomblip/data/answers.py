@@ -25,11 +25,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.nn as nn
+
 from nanomblip.data.image import ImageConfig
+from nanomblip.data.nllb_tokenizer import NLLBTokenizer
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.lora import LoRALinear
-from nanomblip.model.mblip import MBLIP
 from nanomblip.weights.files import digest, lock, sync, write_atomic
 
 
@@ -38,7 +40,7 @@ def job_name(job: dict) -> str:
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fingerprint(model: MBLIP, tokenizer: Tokenizer, pictures: ImageConfig) -> str:
+def fingerprint(model: nn.Module, tokenizer: Tokenizer | NLLBTokenizer, pictures: ImageConfig | None = None) -> str:
     """sha256 of everything of a model that an answer depends on: weights as they are held, settings, tokenizer."""
     settings = [repr(model.cfg), repr(pictures)]
     for path, module in model.named_modules():

@@ -110,7 +110,7 @@ def judge(source: str, text: str, lang: str, unknown: int = 0, ended: bool = Tru
     """The first of RULES that a translation of an English source breaks, None for a good one.
 
     lang: code of LANGUAGES. unknown: how many tokens the translator could not write; ended: did it stop by itself.
-    back: the text translated back into English, and score(back, source) in 0..1, such as metrics.chrf; without, that
+    back: the text translated back into English, and score(back, source) in 0..1, such as scripts.chrf; without, that
     rule is left out. identifier: another judge of languages than `sentence_id()`, which takes some seconds at first
     use.
     """

@@ -4,7 +4,12 @@ A folder in the official layout holds config.json, model.safetensors (or shards 
 preprocessor_config.json.
 """
 
+import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.processor import load_image_config, save_processor
@@ -38,6 +43,24 @@ def find_model(name: str) -> Path:
         way_out = f"train them with train.py --llm {name.removeprefix('mblip-')}"
         raise FileNotFoundError(f"--model {name}: no such weights were published; {way_out}")
     raise FileNotFoundError(f"--model {name}: no such folder, and neither nano nor mblip-mt0-xl")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` means: auto takes CUDA where there is one; ValueError for what this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's number of this process on this machine
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"--device {name}: not here; give auto, cpu" + (" or cuda" if torch.cuda.is_available() else "")
+        )
+    if name == "cuda":
+        if local >= (count := torch.cuda.device_count()):
+            raise ValueError(f"process {local + 1} of this machine, which has {count} GPUs: --nproc_per_node {count}")
+        torch.cuda.set_device(local)
+        if find_spec("bitsandbytes") is None:
+            print("bitsandbytes is not installed: int8 layers are slow on this GPU; pip install it", file=sys.stderr)
+    return torch.device(name)
 
 
 def spoken(folder: Path) -> list[str] | None:

@@ -217,15 +217,15 @@ def batched(values, size: int):
 class JsonExamples:
     """The examples of one mixture file by number: `examples[n]` -> (context, label, image_id).
 
-    The index is built at first use or when the file has changed. Only the offsets are memory-mapped; each example is
+    `row(n)` is the whole object. The index is built at first use or when the file has changed. Only the offsets are memory-mapped; each example is
     read from the file and parsed when it is asked for. Usable from several processes. Raises MixtureError naming file
     and byte.
     """
 
-    def __init__(self, path: Path | str, progress=None):
+    def __init__(self, path: Path | str, progress=None, flag: str = "--mixture"):
         self.path = Path(path)
         if not self.path.is_file():
-            raise MixtureError(f"--mixture {path}: no such file")
+            raise MixtureError(f"{flag} {path}: no such file")
         self.file = None
         self.identity = fingerprint(self.path)
         sidecar = self.path.with_name(self.path.name + ".index")
@@ -247,10 +247,18 @@ class JsonExamples:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
+    def contents(self) -> dict:
+        """What tells the contents of the file from others', wherever and whenever it was written."""
+        return {key: self.identity[key] for key in ("size", "head", "tail")}
+
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, n: int) -> tuple[str, str, str]:
+        row = self.row(n)
+        return tuple(row[name] for name in FIELDS)
+
+    def row(self, n: int) -> dict:
         start, end = (int(place) for place in self.offsets[n : n + 2])
         if not 0 < end - start <= 4 * (LONGEST + CHUNK):  # bytes of so many characters
             sidecar = self.path.with_name(self.path.name + ".index")
@@ -271,7 +279,7 @@ class JsonExamples:
             raise MixtureError(
                 f"{self.path}: example {n:,}, byte {start:,}: {problem}; the file changed after it was indexed"
             )
-        return tuple(row[name] for name in FIELDS)
+        return row
 
     def __getstate__(self):  # to a loader worker that is not a fork
         return {**self.__dict__, "file": None}

@@ -106,6 +106,16 @@ def may_mirror(context: str, label: str) -> bool:
     return bool(_caption_pattern().fullmatch(context)) and not speaks_of_sides(label)
 
 
+def keep_identity(files: list[JsonExamples], path: Path) -> None:
+    """Write down which files a run is made of; MixtureError when `path`, of the run's beginning, names others."""
+    mine = [file.contents() for file in files]
+    if not Path(path).exists():
+        write_json(path, mine)
+    elif read_json(path) != mine:
+        names = ", ".join(str(file.path) for file in files)
+        raise MixtureError(f"{names}: changed since the run began ({path}); start a new run")
+
+
 class JsonMixture:
     """An endless stream of examples from one or more mixture files, `example(index)` as in mixture.Mixture.
 
@@ -146,15 +156,6 @@ class JsonMixture:
         if len(self.parts) == 1:
             return [len(file) / len(self) for file in self.files]
         return [count / self.BLOCK for _, count in self.parts]
-
-    def keep_identity(self, path: Path) -> None:
-        """Write down which files a run is made of; MixtureError when `path`, of the run's beginning, names others."""
-        mine = [{key: file.identity[key] for key in ("size", "head", "tail")} for file in self.files]
-        if not Path(path).exists():
-            write_json(path, mine)
-        elif read_json(path) != mine:
-            names = ", ".join(str(file.path) for file in self.files)
-            raise MixtureError(f"--mixture: {names} changed since the run began ({path}); start a new run")
 
     def example(self, index: int, attempt: int = 0) -> Example:
         """Example number `index` (0, 1, 2 ...); attempt 1, 2, ... take its place when its picture is unusable.

@@ -331,7 +331,9 @@ def parse_lang(text: str, available: Collection[str] | None = None) -> str:
 MIXES = ("all", "uniform", "mc4", "mt5")
 
 
-def parse_lang_mix(spec: str, available: Collection[str], alpha: float = 1.0) -> dict[str, float]:
+def parse_lang_mix(
+    spec: str, available: Collection[str], alpha: float = 1.0, flag: str = "--lang_mix", has: str = "the data has"
+) -> dict[str, float]:
     """Return the probability of each language in a training mixture, p_i = w_i^alpha / sum_j w_j^alpha.
 
     spec is one of
@@ -342,14 +344,15 @@ def parse_lang_mix(spec: str, available: Collection[str], alpha: float = 1.0) ->
       sw:2,de:1          w as given; a language without a weight has 1
     alpha (`--lang_alpha`) below 1 flattens the weights, above 1 sharpens them, and 0 makes all languages equal; it has
     no effect where they are equal already. `available` are the codes that the data has. The result sums to 1 and is in
-    the order of LANGUAGES whatever the order of the spec, so "sw,de" and "de,sw" train the same model.
+    the order of LANGUAGES whatever the order of the spec, so "sw,de" and "de,sw" train the same model. flag, has: what
+    errors call the spec, and whose languages `available` are.
     Raises ValueError naming the flag for anything else.
     """
     assert available and all(code in LANGUAGES for code in available), f"unknown codes among {sorted(available)}"
 
     def bad(problem: str) -> ValueError:
         allowed = f"give {', '.join(MIXES)} or languages such as sw,de,hi or sw:2,de:1"
-        return ValueError(f"--lang_mix {_quote(spec)}: {problem}; {allowed}")
+        return ValueError(f"{flag} {_quote(spec)}: {problem}; {allowed}")
 
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"--lang_alpha {alpha}: the exponent must be a finite number of at least 0, such as 1 or 0.3")
@@ -380,7 +383,7 @@ def parse_lang_mix(spec: str, available: Collection[str], alpha: float = 1.0) ->
             if code in weights:
                 raise bad(f"{_show(code)} comes twice")
             if code not in available:
-                raise bad(f"the data has no {_show(code)}, it has {_list(available)}")
+                raise bad(f"{has} no {_show(code)}, it has {_list(available)}")
             weights[code] = weight
 
     # Dividing by the largest first keeps every power in [0, 1]: huge weights cannot overflow.

@@ -1,4 +1,4 @@
-"""Which writing system a character belongs to, and the form in which two texts are compared."""
+"""Which writing system a character belongs to, and how two texts are compared."""
 
 import unicodedata
 from collections import Counter
@@ -60,3 +60,24 @@ def digits(text: str) -> Counter:
         if value >= 0 and value == int(value):
             found.update(str(int(value)))
     return found
+
+
+def chrf(answer: str, label: str, order: int = 6, beta: float = 2.0) -> float:
+    """Character F-score in 0..1 (Popovic 2015): precision and recall of character n-grams, n = 1..order, recall beta
+    times as important. It gives credit for half a name, in any script.
+
+        F = (1 + beta^2) P R / (beta^2 P + R),   P, R: means over the n for which both texts have n-grams
+
+    Spaces do not count; NFC and case as in `normal`, since names differ in case for no reason.
+    """
+    a, b = ("".join(normal(text).split()) for text in (answer, label))
+    precision, recall = [], []
+    for n in range(1, min(order, len(a), len(b)) + 1):
+        mine, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (a, b))
+        shared = (mine & theirs).total()
+        precision.append(shared / mine.total())
+        recall.append(shared / theirs.total())
+    if not precision or not sum(precision):
+        return 0.0
+    p, r = sum(precision) / len(precision), sum(recall) / len(recall)
+    return (1 + beta**2) * p * r / (beta**2 * p + r)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nanomblip.data.answers import AnswerFile, Shard, fingerprint, merge
 from nanomblip.data.decode import ImageError, is_damaged, load_image
 from nanomblip.data.emoji import Emoji, load_emoji
+from nanomblip.data.folder import pick_device
 from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.json_mixture import image_path
 from nanomblip.data.language_id import LanguageID
@@ -41,7 +42,6 @@ from nanomblip.measure.metrics import missing_segmenters
 from nanomblip.measure.scores import report, scores_of, summarise
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.model.mblip import MBLIP
-from nanomblip.training.state import pick_device
 from nanomblip.weights.files import read_json, write_json
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip

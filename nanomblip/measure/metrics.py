@@ -3,7 +3,6 @@
     exact_match, relaxed_match    is it the label; does it start or end with the label (mBLIP's own two)
     vqa_accuracy                  VQAv2's: people disagree, so an answer that three of nine gave is right
     cider                         CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726), for captions with several references
-    chrf                          character F-score (Popovic 2015), which gives credit for half a name in any script
     interval                      how far a mean could be off, by the bootstrap (Efron 1979)
 
 CIDEr counts words, so it stands and falls with what a word is (`caption_tokens`). Chinese, Japanese and Thai write
@@ -245,27 +244,6 @@ def cider(answers: list[list[str]], references: list[list[list[str]]]) -> list[f
                     )
         scores.append(10 * total / (4 * len(refs)))
     return scores
-
-
-def chrf(answer: str, label: str, order: int = 6, beta: float = 2.0) -> float:
-    """Character F-score in 0..1: precision and recall of character n-grams, n = 1..order, recall beta times as
-    important.
-
-        F = (1 + beta^2) P R / (beta^2 P + R),   P, R: means over the n for which both texts have n-grams
-
-    Spaces do not count; NFC and case as in `normal`, since names differ in case for no reason.
-    """
-    a, b = ("".join(normal(text).split()) for text in (answer, label))
-    precision, recall = [], []
-    for n in range(1, min(order, len(a), len(b)) + 1):
-        mine, theirs = ngrams(a, n), ngrams(b, n)
-        shared = (mine & theirs).total()
-        precision.append(shared / mine.total())
-        recall.append(shared / theirs.total())
-    if not precision or not sum(precision):
-        return 0.0
-    p, r = sum(precision) / len(precision), sum(recall) / len(recall)
-    return (1 + beta**2) * p * r / (beta**2 * p + r)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

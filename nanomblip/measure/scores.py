@@ -7,12 +7,11 @@ from collections import defaultdict
 
 from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, resource_group, script_group
-from nanomblip.data.scripts import script_share
+from nanomblip.data.scripts import chrf, script_share
 from nanomblip.measure.benchmarks import OUTSIDE, Item
 from nanomblip.measure.metrics import (
     above_chance,
     caption_tokens,
-    chrf,
     cider,
     cider_name,
     exact_match,

@@ -64,6 +64,9 @@ class Config:
     data_share: float = flag(1.0, "share of the training pictures that is used")
     mixture: str = flag("", "train on JSON files in the released format instead: FILE or FILE:weight,FILE:weight")
     image_root: str = flag("", "with --mixture: the folder of its pictures")
+    names: str = flag("", "train on these names of the embedded pictures instead of the human ones: a file written by "
+                          "nanomblip.data.translate --input emoji; what is measured stays human")  # fmt: skip
+    name_errors: float = flag(0.0, "share of the names in other languages that are another thing's: planted errors")
 
     init: str = flag(
         "blip2",
@@ -187,8 +190,10 @@ def check_numbers(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"--{name} {value}: above 0, at most 1")
-    if cfg.redraw is not None and not 0 <= cfg.redraw <= 1:
-        raise ValueError(f"--redraw {cfg.redraw}: between 0 and 1")
+    for name in ("redraw", "name_errors"):
+        value = getattr(cfg, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{name} {value}: between 0 and 1")
     if cfg.beta2 is not None and not 0 < cfg.beta2 < 1:
         raise ValueError(f"--beta2 {cfg.beta2}: between 0 and 1")
 
@@ -201,6 +206,8 @@ def check_stages(cfg: Config) -> None:
                 raise ValueError(
                     f"--recipe paper has --{name} {choice}; leave out --{name} {getattr(cfg, name)}, or --recipe paper"
                 )
+    if cfg.mixture and (cfg.names or cfg.name_errors):
+        raise ValueError("--names and --name_errors are for the embedded pictures; leave them out with --mixture")
     if cfg.warmup == "names" and cfg.mixture:
         raise ValueError(
             "--warmup names with --mixture: the pictures of a JSON file have no names; give --warmup projection"

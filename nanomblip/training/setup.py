@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from nanomblip.data.emoji import ROOT, Emoji
 from nanomblip.data.image import ImageConfig
-from nanomblip.data.json_mixture import JsonBatches, JsonMixture, parse_mixture
+from nanomblip.data.json_mixture import JsonBatches, JsonMixture, keep_identity, parse_mixture
 from nanomblip.data.languages import parse_lang, parse_lang_mix
 from nanomblip.data.mixture import Batches, Mixture, parse_tasks
+from nanomblip.data.names import load_translated, with_errors, with_translated
 from nanomblip.data.processor import PICTURES, PROCESSOR, load_image_config
 from nanomblip.data.tokenizer import Tokenizer
 from nanomblip.model.int8 import Int8Linear
@@ -155,11 +156,18 @@ def build_batches(cfg: Config, start: Start, emoji: Emoji, mix: dict[str, float]
     if cfg.mixture:
         bar = tqdm(desc="index --mixture", unit="B", unit_scale=True, leave=False)
         mixture = JsonMixture(parse_mixture(cfg.mixture), cfg.seed, bar)
-        mixture.keep_identity(folder / "mixture.json")
+        keep_identity(mixture.files, folder / "mixture.json")
         report = folder / "unusable_pictures.tsv"
         batches = JsonBatches(mixture, start.tokenizer, start.image, cfg.batch, cfg.image_root, report, crop=cfg.crop,
                               rank=rank(), world=world())  # fmt: skip
         return batches, batches, f"{len(mixture):,} examples of {cfg.mixture}"
+    if cfg.names:
+        file = load_translated(cfg.names)
+        emoji = with_translated(emoji, file)
+        keep_identity([file], folder / "mixture.json")
+        if missing := [lang for lang in mix if lang not in emoji.names]:
+            raise ValueError(f"--names {cfg.names}: has none in {', '.join(missing)}; leave these out of --lang_mix")
+    emoji = with_errors(emoji, cfg.name_errors)
     of_tasks = lambda tasks: Batches(
         Mixture(emoji, mix, parse_tasks(tasks), cfg.seed, share=cfg.data_share),
         start.tokenizer, start.image, cfg.batch, views=cfg.views, crop=cfg.crop, rank=rank(), world=world(),

@@ -11,7 +11,6 @@ import ctypes
 import os
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -176,24 +175,6 @@ class Interrupt:
     def release(self):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` means: auto takes CUDA where there is one; ValueError for what this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's number of this process on this machine
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"--device {name}: not here; give auto, cpu" + (" or cuda" if torch.cuda.is_available() else "")
-        )
-    if name == "cuda":
-        if local >= (count := torch.cuda.device_count()):
-            raise ValueError(f"process {local + 1} of this machine, which has {count} GPUs: --nproc_per_node {count}")
-        torch.cuda.set_device(local)
-        if find_spec("bitsandbytes") is None:
-            print("bitsandbytes is not installed: int8 layers are slow on this GPU; pip install it", file=sys.stderr)
-    return torch.device(name)
 
 
 def keep_memory() -> None:

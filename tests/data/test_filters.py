@@ -11,8 +11,7 @@ from nanomblip.data.filters import RULES, Report, judge, judge_people, sentences
 from nanomblip.data.language_id import fold, sentence_id
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.parallel import align, length_scale, parallel_declaration, parallel_names
-from nanomblip.data.scripts import digits
-from nanomblip.measure.metrics import chrf
+from nanomblip.data.scripts import chrf, digits
 
 LANGS = [lang for lang in LANGUAGES if lang != "en"]
 OTHER = {lang: next(o for o in ("ru", "de") if not set(LANGUAGES[o].scripts) & set(LANGUAGES[lang].scripts)) for lang in LANGS}

@@ -7,12 +7,12 @@ import re
 
 import pytest
 
+from nanomblip.data.scripts import chrf
 from nanomblip.measure import metrics
 from nanomblip.measure.metrics import (
     CONTRACTIONS,
     above_chance,
     caption_tokens,
-    chrf,
     cider,
     cider_name,
     exact_match,

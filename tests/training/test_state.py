@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from nanomblip.training.state import Log, State, pick_device
+from nanomblip.data.folder import pick_device
+from nanomblip.training.state import Log, State
 from nanomblip.weights.files import RunLock
 
 
@@ -58,7 +59,7 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr("nanomblip.training.state.find_spec", lambda name: None)
+    monkeypatch.setattr("nanomblip.data.folder.find_spec", lambda name: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto") == torch.device("cuda") and taken == [1]
     said = capsys.readouterr().err
