@@ -1,12 +1,18 @@
 """What several tests share: tiny models with every parameter randomised, and the same model inside transformers."""
 
+import io
+import json
 import os
+import random
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for anything on the network
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import pytest
+import sentencepiece
 import torch
+from safetensors.torch import save_file
 
 from nanomblip.model.mblip import MBLIP, MBLIPConfig
 from nanomblip.model.mt5 import MT5Config
@@ -94,3 +100,37 @@ def save_nllb(model: NLLB, folder, **more):
     assert not unexpected and all("embed" in key or "lm_head" in key for key in missing)  # tied to model.shared
     theirs.save_pretrained(folder)
     return theirs
+
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog near the river bank. A man is riding a horse on the beach, and two "
+    "children play with a red ball. What is in this picture? There are 15 cats; they're sleeping (all day)! Größe über "
+    "façade naïve année. Ένας σκύλος τρέχει. Собака бежит по пляжу."
+).split()
+
+
+@pytest.fixture(scope="session")
+def nllb_tokens(tmp_path_factory):
+    """A BPE model of 400 tokens like NLLB's: no padding, nmt_nfkc."""
+    rng, model = random.Random(0), io.BytesIO()
+    texts = [" ".join(rng.choices(SENTENCES, k=rng.randint(3, 12))) for _ in range(500)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=400, unk_id=0, bos_id=1, eos_id=2,
+        pad_id=-1, normalization_rule_name="nmt_nfkc", character_coverage=1.0, num_threads=1, minloglevel=1)  # fmt: skip
+    path = tmp_path_factory.mktemp("spm") / "sentencepiece.bpe.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def nllb_folder(nllb_tokens, tmp_path_factory):
+    """A whole translator with random weights, in the official layout."""
+    folder = tmp_path_factory.mktemp("nllb")
+    model = tiny_nllb(replace(TINY_NLLB, vocab=401 + 202 + 3), std=0.3)
+    save_file({key: model.get_parameter(mine).detach() for mine, key in nllb_names(model).items()}, folder / "model.safetensors")
+    c = model.cfg
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="m2m_100", vocab_size=c.vocab, d_model=c.width, encoder_attention_heads=c.heads, decoder_attention_heads=c.decoder_heads,
+        encoder_ffn_dim=c.mlp, decoder_ffn_dim=c.decoder_mlp, encoder_layers=c.layers, decoder_layers=c.decoder_layers)))  # fmt: skip
+    (folder / "sentencepiece.bpe.model").write_bytes(nllb_tokens.read_bytes())
+    return folder

@@ -140,8 +140,8 @@ def run(cfg: Config) -> None:
                 bar.update(place(b + 1) - place(b))
 
 
-def blocks_of(path: Path):
-    """The lines of a part; ValueError for one that is not whole."""
+def blocks_of(path: Path, again: str):
+    """The lines of a part; ValueError for one that is not whole, with what to do."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -150,7 +150,7 @@ def blocks_of(path: Path):
             except (ValueError, TypeError, RecursionError):
                 good = False
             if not good:
-                raise ValueError(f"{path}: line {number} is not a whole block; do this shard again")
+                raise ValueError(f"{path}: line {number} is not a whole block; {again}")
             yield row
 
 
@@ -161,7 +161,7 @@ def merged(out: str, n: int, report: Report, counts: Counter):
         path, again = part_path(out, i, n), f"give the command of --shard {i}/{n} again"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; {again}")
-        for row in blocks_of(path):
+        for row in blocks_of(path, again):
             first = first or row
             if (row["job"], row["of"]) != (first["job"], first["of"]):
                 raise ValueError(f"{path}: was made with another model, input or flags than {part_path(out, 1, n)}; "
@@ -203,7 +203,7 @@ def merge(out: str, n: int) -> None:
     print(f"wrote {out}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     cfg = parse_flags(Config, argv, "Translate English examples, or the embedded names, into other languages.")
     out = Path(cfg.out)
     if out.exists() and not out.is_file():
@@ -217,6 +217,7 @@ def main(argv: list[str]) -> None:
         merge(cfg.out, cfg.merge or 1)
     else:
         print(f"shard {i} of {n} is done; when all are: the same command with --merge {n}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

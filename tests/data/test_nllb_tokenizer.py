@@ -1,36 +1,22 @@
 """The translator's tokenizer: ids against transformers' own, the published ids of two sentences, languages, unknown tokens."""
 
-import io
 import random
 import struct
 
 import pytest
 import sentencepiece
 import torch
+from conftest import SENTENCES
 
 from nanomblip.data.emoji import load_emoji
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.nllb_tokenizer import NLLB_CODES, NLLBTokenizer
 from nanomblip.data.tokenizer import _normalizer
 
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog near the river bank. A man is riding a horse on the beach, and two "
-    "children play with a red ball. What is in this picture? There are 15 cats; they're sleeping (all day)! Größe über "
-    "façade naïve année. Ένας σκύλος τρέχει. Собака бежит по пляжу."
-).split()
-
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A BPE model of 400 pieces like NLLB's: no padding, nmt_nfkc."""
-    rng, model = random.Random(0), io.BytesIO()
-    texts = [" ".join(rng.choices(SENTENCES, k=rng.randint(3, 12))) for _ in range(500)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=400, unk_id=0, bos_id=1, eos_id=2,
-        pad_id=-1, normalization_rule_name="nmt_nfkc", character_coverage=1.0, num_threads=1, minloglevel=1)  # fmt: skip
-    path = tmp_path_factory.mktemp("spm") / "sentencepiece.bpe.model"
-    path.write_bytes(model.getvalue())
-    return path
+def path(nllb_tokens):
+    return nllb_tokens
 
 
 @pytest.fixture(scope="module")
