@@ -217,9 +217,9 @@ def batched(values, size: int):
 class JsonExamples:
     """The examples of one mixture file by number: `examples[n]` -> (context, label, image_id).
 
-    `row(n)` is the whole object. The index is built at first use or when the file has changed. Only the offsets are memory-mapped; each example is
-    read from the file and parsed when it is asked for. Usable from several processes. Raises MixtureError naming file
-    and byte.
+    `row(n)` is the whole object. The index is built at first use or when the file has changed. Only the offsets are
+    memory-mapped; each example is read from the file and parsed when it is asked for. Usable from several processes.
+    Raises MixtureError naming file and byte; flag: what the file is called if there is none.
     """
 
     def __init__(self, path: Path | str, progress=None, flag: str = "--mixture"):

@@ -54,8 +54,12 @@ class Config:
     model: str = flag("nllb-200-distilled-600M", f"{', '.join(NLLB_NAMES)} (fetched), nano, or a folder of either kind")
     to: str = flag("mc4", "languages and their shares, as train.py's --lang_mix; what is English stays so")
     every: bool = flag(False, "every example in every language of --to")
-    rejected: str = flag("", "what becomes of a rejected translation: other (another language), drop, or keep (nothing "
-                             "is judged); default: other, with --every drop", ("", "other", "drop", "keep"))  # fmt: skip
+    rejected: str = flag(
+        "",
+        "what becomes of a rejected translation: other (another language), drop, or keep (nothing is judged); default: "
+        "other, with --every drop",
+        ("", "other", "drop", "keep"),
+    )
     back: bool = flag(False, "translate back as well, and reject what does not come back; twice the time")
     shard: str = flag("1/1", "i/n: do the i-th of n parts")
     merge: int = flag(0, "put the parts of so many shards together; of the other flags only --out counts")
@@ -129,8 +133,9 @@ def run(cfg: Config) -> None:
         weights = fingerprint(translator.model, translator.tokenizer)
         job = dict(cfg.asked(), **{"input file": rows.contents(), "model": weights})
         done = len(file.begin(job, lambda row: row["block"]))
-        place = lambda block: min(len(plan), block * size)
-        progress = Progress(f"translate {cfg.shard}", place(todo.stop) - place(todo.start), place(todo[0] + done) - place(todo.start))  # fmt: skip
+        place = lambda block: min(len(plan), block * size)  # the number of its first unit
+        first = place(todo.start)
+        progress = Progress(f"translate {cfg.shard}", place(todo.stop) - first, place(todo.start + done) - first)
         with progress.bar as bar:
             for b in todo[done:]:
                 rejected = cfg.rejected or ("drop" if cfg.every else "other")

@@ -32,8 +32,9 @@ HERE = Path(__file__).resolve().parents[2]
 NLLB_NAMES = tuple(name for name in MODELS if name.startswith("nllb"))
 
 # NLLB's tokens were learned from text with plain punctuation; for the rest it has no token, and quotes would be lost.
-STRAIGHT = str.maketrans({**dict.fromkeys("“”„‟«»″", '"'), **dict.fromkeys("‘’‚‛`´′", "'"), **dict.fromkeys("‐‑–—―−", "-"), "…": "..."})  # fmt: skip
-ABBREVIATIONS = frozenset("mr mrs ms dr st prof sr jr vs e.g i.e inc ltd co mt gen capt lt col rev fig no".split())
+_PLAIN = {'"': "“”„‟«»″", "'": "‘’‚‛`´′", "-": "‐‑–—―−", "...": "…"}
+STRAIGHT = str.maketrans({odd: straight for straight, those in _PLAIN.items() for odd in those})
+ABBREVIATIONS = frozenset("mr mrs ms dr st prof sr jr vs e.g i.e inc ltd co mt gen capt lt col rev fig".split())
 END = re.compile(r"""[.!?]["')\]]*(\s+)(?=["'(\[]?[A-Z])|([ \t]*\n\s*)""")
 NO_SPACES = ("zh", "ja")  # nothing stands between two sentences
 
@@ -96,8 +97,9 @@ def split_text(text: str, count, longest: int) -> tuple[list[str], int]:
 
 def join(parts: list[str], lang: str) -> str:
     """The translations of sentences, and what stood between them, as one text; line feeds stay."""
-    parts = [" ".join(part.split()) if i % 2 == 0 else "\n" if "\n" in part else " " * (part != "") for i, part in enumerate(parts)]  # fmt: skip
-    return "".join("" if part == " " and lang in NO_SPACES else part for part in parts).strip()
+    space = "" if lang in NO_SPACES else " "
+    between = lambda gap: "\n" if "\n" in gap else space if gap else ""
+    return "".join(between(part) if i % 2 else " ".join(part.split()) for i, part in enumerate(parts)).strip()
 
 
 class NLLBTranslator:

@@ -28,6 +28,7 @@ from nanomblip.data.emoji import HELD_OUT_LANGS, load_emoji
 from nanomblip.flags import parse_flags, run_main
 from nanomblip.measure.ablation_suites import (
     HERE,
+    MADE,
     TASKS,
     Config,
     find_current,
@@ -118,8 +119,12 @@ def run(experiment: str, seed: int, cfg: Config, langs: str) -> dict:
     flags = flags_of(experiment, seed, cfg)
     name = f"{experiment}.{seed}"
     folder, log = Path(cfg.out) / name, Path(cfg.out) / f"{name}.log"
-    if any(word.endswith("random-qformer-base") for word in flags):
-        random_base(Path(resolved([])["vision"]), Path(cfg.out) / "random-qformer-base")
+    base, names = (Path(cfg.out) / MADE[word] for word in ("@random", "@nano"))
+    if str(base) in flags:
+        random_base(Path(resolved([])["vision"]), base)
+    if str(names) in flags:  # done in a moment if it was done before
+        words = ["--model", "nano", "--to", "all", "--every", "--batch", "128", "--out", str(names)]
+        call(["-m", "nanomblip.data.translate", *words], log)
     if folder.exists():
         wait_for(folder)
     if folder.exists() and (not (folder / "train.json").exists() or not stored_fits(folder, flags)):

@@ -59,6 +59,21 @@ def suite_table(suite: Suite, setting: str, records: list[dict]) -> list[str]:
         cost = f"{of[0]['trained_parameters']:,} | {statistics.mean(r['seconds'] for r in of):.0f}"
         mean = f"{100 * statistics.mean(values):.1f}{spread}"
         lines.append(f"| {row} | {cost} | {len(values)} | {mean} | {difference} | {judged} |")
+    return [*lines, "", *(group_table(suite, setting, records) if suite.by_group else [])]
+
+
+def group_table(suite: Suite, setting: str, records: list[dict]) -> list[str]:
+    """The lines of a table of a suite's metric in every group of languages, means over seeds."""
+    task, _, metric = suite.measure
+    of = {row: values_of(row, suite, setting, records)[1] for row in suite.rows}
+    groups = list(dict.fromkeys(g for runs in of.values() for run in runs for g in run["measures"][task]))
+    if not groups:
+        return []
+    lines = ["| experiment |" + "".join(f" {group} |" for group in groups), "|---" * (1 + len(groups)) + "|"]
+    for row, runs in of.items():
+        if runs:
+            means = [statistics.mean(run["measures"][task][group][metric] for run in runs) for group in groups]
+            lines.append(f"| {row} |" + "".join(f" {100 * mean:.1f} |" for mean in means))
     return [*lines, ""]
 
 

@@ -5,7 +5,8 @@
 
 On the embedded data the question is "Caption the image in {language}." (or another of the tasks of mixture.py); an
 answer counts as right when it is the human-made name, ignoring case and outer spaces (exact match), and as in-language
-when it belongs to the requested language, right or not. The benchmarks have their own prompts, decoding and metrics
+when it belongs to the requested language, right or not (language_id.py: names are judged by the names alone, the
+answers of benchmarks as filters.py judges sentences). The benchmarks have their own prompts, decoding and metrics
 (benchmarks.py). What becomes of the answers is in scores.py.
 
 Every answer goes to a file beside the record as it is made (answers.py); the same command goes on with it.
@@ -28,7 +29,7 @@ from nanomblip.data.emoji import Emoji, load_emoji
 from nanomblip.data.folder import pick_device
 from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.json_mixture import image_path
-from nanomblip.data.language_id import LanguageID
+from nanomblip.data.language_id import LanguageID, sentence_id
 from nanomblip.data.languages import LANGUAGES, parse_lang
 from nanomblip.data.mixture import TASKS, Mixture
 from nanomblip.data.processor import load_image_config
@@ -48,6 +49,7 @@ from nanomblip.weights.load import load_mblip
 
 BENCHMARKS = (*READERS, "vqav2")
 CAPTIONS = ("xm3600", "xflickrco")  # those without a question
+ANSWERED = (*CAPTIONS, "maxm")  # those whose answers are in the language of the item
 ASKED = tuple(task for task in TASKS if task not in ("keywords", "question"))  # embedded: with one right answer
 
 
@@ -271,7 +273,7 @@ def main(argv: list[str]) -> int:
     if not kept:
         first = next(iter(problems.values()))
         raise ValueError(f"--image_root {cfg.image_root}: not one picture could be used, the first: {first}")
-    language_id = LanguageID(emoji.names) if cfg.task in (*ASKED, *CAPTIONS, "maxm") else None
+    language_id = LanguageID(emoji.names) if cfg.data == "emoji" else sentence_id() if cfg.task in ANSWERED else None
     result = summarise(cfg.task, scores_of(cfg.task, *map(list, zip(*kept)), language_id), cfg.seed)
     samples = [dict(**about(item), answer=text) for item, text in kept[:: max(1, len(kept) // 20)]][:20]
     write_json(out, dict(config=asdict(cfg), decoding=asdict(decoding), questions=len(items), answered=len(kept),

@@ -94,6 +94,30 @@ def test_the_numbers_of_the_table_follow_from_the_records(cfg, tmp_path, capsys)
     assert "disagrees" in tables(cfg, setting_of(cfg), read_records(cfg.records))  # a disagreement stays in the table
 
 
+def test_a_suite_by_groups_has_a_second_table(cfg):
+    put(cfg, {"baseline": [0.3, 0.32], "names-by-nano": [0.2, 0.22]})
+    text = tables(replace(cfg, suite="translation"), setting_of(cfg), read_records(cfg.records))
+    assert "| experiment | all other | resources: low | held-out eight |" in text and "| names-by-nano | 21.0 | 21.0 | 21.0 |" in text
+    assert text.count("| name-errors-30") == 1 and "| names-by-nano | 1,000 | 10 | 2 | 21.0" in text and "not run" in text
+
+
+def test_names_by_nano_are_made_before_the_run_that_needs_them(cfg, monkeypatch, tmp_path):
+    def call(words, log):
+        assert words[0] == "-m" or words[words.index("--names") + 1] == str(tmp_path / "out" / "nano-names.json"), words
+        called.append(words)
+        if words[0] != "-m":
+            raise KeyboardInterrupt
+
+    for experiment in ("names-by-nano", "name-errors-30"):
+        called = []
+        monkeypatch.setattr(ablate, "call", call if experiment == "names-by-nano" else lambda words, log: called.append(words) or 1 / 0)
+        with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+            ablate.run(experiment, 0, cfg, "de,sw")
+        made = [words for words in called if words[0] == "-m"]
+        assert len(made) == (experiment == "names-by-nano") and all("nanomblip.data.translate" in words and "--every" in words for words in made)
+    assert "0.3" in called[0] and resolved(flags_of("name-errors-30", 0, cfg))["name_errors"] == 0.3
+
+
 def test_what_was_not_run_is_in_the_table_as_such(cfg):
     text = tables(replace(cfg, suite="paper"), "", [])
     assert text.count("not run") == sum(len(suite.rows) for suite in SUITES.values())

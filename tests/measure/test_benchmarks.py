@@ -24,6 +24,7 @@ from nanomblip.weights.save import save_mblip
 
 EMOJI = load_emoji("core")
 LANGUAGE_ID = evaluate.LanguageID(EMOJI.names)
+SENTENCE_ID = evaluate.LanguageID({lang: EMOJI.names[lang] for lang in ("de", "sw")})  # those that it knows can be told apart
 
 
 def lines(path, rows):
@@ -345,6 +346,7 @@ def run(capsys, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_emoji", lambda concepts: EMOJI)  # loaded once for all tests here
         patch.setattr(evaluate, "LanguageID", lambda names: LANGUAGE_ID)
+        patch.setattr(evaluate, "sentence_id", lambda: SENTENCE_ID)
         patch.setattr(sys, "argv", ["evaluate", *map(str, argv)])
         with pytest.raises(SystemExit) as end:
             evaluate.run_main(evaluate.main)
@@ -368,6 +370,7 @@ def test_captions_of_a_benchmark_with_a_missing_picture(capsys, tmp_path, folder
     assert status == 1 and "1 pictures could not be used; 6 of 18" in err and "0000000000000002" in err
     assert record["questions"] == 18 and record["answered"] == 12 and record["languages"]["de"]["n"] == 2 and len(record["worst"]) == 5
     assert "language group" in out and "outside the 96" in out and "cider" in out
+    assert {lang for lang, row in record["languages"].items() if "in_language" in row} == {"de", "sw"} & set(record["languages"]), "as filters.py judges"
     assert 0 <= record["groups"]["all other"]["script"]["mean"] <= 1 and all(math.isfinite(record["languages"]["de"]["cider"][k]) for k in ("mean", "low", "high"))
 
 

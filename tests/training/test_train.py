@@ -94,6 +94,35 @@ def test_a_resumed_run_ends_with_the_same_bits(monkeypatch, extra):
         assert everything(f"cut{stop}") == everything("whole")
 
 
+def test_names_by_others_are_trained_on_and_measured_against_the_human_ones(monkeypatch, tmp_path):
+    """The batches hold the names of the file, or another thing's; what is measured is the data as it is loaded."""
+    rows = [dict(context="", label=f"{lang} {concept}", image_id=concept, lang=lang) for lang in ("de", "sw") for concept in EMOJI.names["de"]]
+    Path("names.json").write_text(json.dumps(rows))
+    seen, build = {}, train.build_batches
+
+    def watched(*args):
+        batches = build(*args)
+        seen["names"] = batches[1].mixture.emoji.names
+        return batches
+
+    monkeypatch.setattr(train, "build_batches", watched)
+    monkeypatch.setattr(train, "evaluate", lambda model, tokenizer, image, emoji, *args, **more: seen.update(measured=emoji) or ({}, []))
+    flags = ["--steps", "2", *COMMON, "--init", "random"]
+    assert train.main([*flags, "--names", "names.json", "--name", "n"]) == 0
+    assert seen["names"]["de"]["1f408"] == "de 1f408" and seen["names"]["en"] == EMOJI.names["en"] and seen["measured"] is EMOJI
+    assert train.main([*flags, "--name_errors", "0.5", "--name", "e"]) == 0
+    wrong = [seen["names"]["sw"][c] != EMOJI.names["sw"][c] for c in EMOJI.names["sw"]]
+    assert 0.3 < sum(wrong) / len(wrong) < 0.5 and seen["measured"] is EMOJI  # of the names of the train split, 82 %
+    Path("names.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(ValueError, match="names.json: changed since the run began"):
+        train.main(["--resume", "out/n"])
+    with pytest.raises(ValueError, match="--names names.json: has none in fr"):
+        train.main([*flags, "--lang_mix", "de,fr", "--names", "names.json", "--name", "f"])
+    for flags, words in ((["--names", "x", "--mixture", "m", "--image_root", "i"], "leave them out with --mixture"), (["--name_errors", "1.5"], "--name_errors 1.5: between 0 and 1")):
+        with pytest.raises(ValueError, match=words):
+            train.main(flags)
+
+
 def test_the_loss_falls_and_the_folder_is_complete():
     assert train.main([*FLAGS[2:], "--steps", "30", "--warmup_lr", "0.01", "--name", "r"]) == 0
     with open("out/r/loss.csv") as file:
