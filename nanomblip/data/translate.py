@@ -25,6 +25,7 @@ blocks, here or elsewhere; --merge 4 puts the four parts together and checks tha
 OUT.rejected.md and .png say what was rejected, by language and rule. The parts may be deleted then.
 """
 
+import glob
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanomblip.data.answers import AnswerFile, fingerprint
+from nanomblip.data.answers import AnswerFile
 from nanomblip.data.filters import Report
 from nanomblip.data.folder import pick_device
 from nanomblip.data.json_index import JsonExamples
@@ -130,8 +131,7 @@ def run(cfg: Config) -> None:
                 f"--shard {cfg.shard}: there are {blocks} blocks of {size} examples, so give at most {blocks}"
             )
         todo = range(blocks * (i - 1) // n, blocks * i // n)
-        weights = fingerprint(translator.model, translator.tokenizer)
-        job = dict(cfg.asked(), **{"input file": rows.contents(), "model": weights})
+        job = dict(cfg.asked(), **{"input file": rows.contents(), "model": translator.fingerprint})
         done = len(file.begin(job, lambda row: row["block"]))
         place = lambda block: min(len(plan), block * size)  # the number of its first unit
         first = place(todo.start)
@@ -193,6 +193,8 @@ def merge(out: str, n: int) -> None:
                 langs[row["lang"]] += 1
             file.write("\n]\n" if langs else "[]\n")
 
+    for leftover in Path(out).parent.glob(f".{glob.escape(Path(out).name)}.*.tmp"):
+        leftover.unlink()  # of a process that was killed here
     try:
         write_atomic(Path(out), write)
         report.write(Path(out).parent, f"{Path(out).name.removesuffix('.json')}.rejected")

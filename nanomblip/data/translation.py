@@ -96,6 +96,11 @@ def texts_of(row: dict, where: str) -> tuple[str, str, dict]:
     return task, lang, texts
 
 
+def has_letters(text: str) -> bool:
+    """Only what has some is given to a translator: of digits alone NLLB makes sentences."""
+    return any(map(str.isalpha, text))
+
+
 def looks_english(text: str) -> bool:
     share = script_share(text, "en")
     return (share is None or share > 0.5) and not is_other_language(text, "en", None)
@@ -198,12 +203,12 @@ class Block:
             count = lambda text: len(self.translator.encode(text, "en", lang))
             for name, text in unit.english():
                 key = unit.number, name
-                if not any(map(str.isalpha, text)):  # of digits alone NLLB makes sentences
+                if not has_letters(text):
                     found[key] = text, None
                     continue
                 parts[key], cut = split_text(text, count, longest)
                 self.counts[f"sentences of more than {longest} tokens, cut"] += cut
-                todo += [(part, "en", lang) for part in parts[key][::2] if part]
+                todo += [(part, "en", lang) for part in parts[key][::2] if has_letters(part)]
         forth, back = self.translate(todo), {}
         if self.back:
             back = self.translate((w.text, lang, "en") for (_, _, lang), w in forth.items() if w.text.strip())
@@ -215,8 +220,9 @@ class Block:
 
     def judged(self, source: str, parts: list[str], lang: str, forth: dict, back: dict) -> tuple[str, str | None]:
         """A text from its translated sentences, and the rule that it breaks or None."""
-        written = [forth[part, "en", lang] for part in parts[::2] if part]
-        text = join([forth[p, "en", lang].text if p and i % 2 == 0 else p for i, p in enumerate(parts)], lang)
+        made = {i: forth[part, "en", lang] for i, part in enumerate(parts) if i % 2 == 0 and has_letters(part)}
+        text = join([made[i].text if i in made else part for i, part in enumerate(parts)], lang)
+        written = made.values()
         self.counts["tokens written"] += sum(w.tokens for w in written)
         if self.rejected == "keep":
             return text, None

@@ -17,11 +17,13 @@ from typing import NamedTuple
 
 import torch
 
+from nanomblip.data.answers import fingerprint
 from nanomblip.data.emoji import load_names
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.nllb_tokenizer import NLLB_CODES, NLLBTokenizer
 from nanomblip.data.tokenizer import Tokenizer, pad_rows
 from nanomblip.model.generate import Decoding, write
+from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.nllb import translate_tokens
 from nanomblip.weights.files import read_json
 from nanomblip.weights.hub import MODELS, download
@@ -158,7 +160,10 @@ class PromptedTranslator:
 
 
 def open_translator(name: str, dtype: str, device: torch.device, legacy: bool = False):
-    """The translator that `--model` means: nano, the name of an NLLB-200, which is fetched, or a folder of either."""
+    """The translator that `--model` means: nano, the name of an NLLB-200, which is fetched, or a folder of either.
+
+    Its `fingerprint` tells it from all others.
+    """
     folder = HERE / "weights" / "nano" / "mt0" if name == "nano" else Path(name)
     if name in NLLB_NAMES:
         folder = download(name, HERE / "weights" / name)
@@ -168,7 +173,12 @@ def open_translator(name: str, dtype: str, device: torch.device, legacy: bool = 
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ("m2m_100", "mt5"):
         raise ValueError(f"--model {name}: its config.json is of type {kind!r}, neither m2m_100 (NLLB) nor mt5")
-    return (NLLBTranslator if kind == "m2m_100" else PromptedTranslator)(folder, dtype, device, legacy)
+    translator = (NLLBTranslator if kind == "m2m_100" else PromptedTranslator)(folder, dtype, device, legacy)
+    translator.fingerprint = fingerprint(translator.model, translator.tokenizer)
+    for module in translator.model.modules():
+        if isinstance(module, Int8Linear):
+            module.pack()  # now, and not after some use: a run that goes on must compute as one that never stopped
+    return translator
 
 
 def translate(translator, items: Iterable[tuple[str, str, str]], batch: int, num_beams: int = 1, progress=None):

@@ -118,8 +118,10 @@ def test_a_merge_notices_whatever_is_missing(run, tmp_path):
     assert status == 2 and "1-of-3.jsonl: missing" in err
 
 
-def test_an_interruption_costs_the_block_in_the_making(run, tmp_path, monkeypatch):
-    assert run()[0] == 0
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_an_interruption_costs_the_block_in_the_making(run, tmp_path, monkeypatch, dtype):
+    flags = ["--dtype", dtype]
+    assert run(*flags)[0] == 0
     write, calls = NLLBTranslator.write, []
 
     def stop(self, *args):
@@ -130,12 +132,12 @@ def test_an_interruption_costs_the_block_in_the_making(run, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(NLLBTranslator, "write", stop)
-        status, _, err = run(out="cut.json")
+        status, _, err = run(*flags, out="cut.json")
     assert status == 130 and "the same command goes on" in err and not (tmp_path / "cut.json").exists()
     begun = (tmp_path / "cut.json.1-of-1.jsonl").read_bytes()
     assert 0 < begun.count(b"\n") < 5
     (tmp_path / "cut.json.1-of-1.jsonl").write_bytes(begun + (tmp_path / "out.json.1-of-1.jsonl").read_bytes()[len(begun) : len(begun) + 200])
-    assert run(out="cut.json")[0] == 0
+    assert run(*flags, out="cut.json")[0] == 0
     for name in ("", ".1-of-1.jsonl"):
         assert (tmp_path / f"cut.json{name}").read_bytes() == (tmp_path / f"out.json{name}").read_bytes()
 
@@ -291,16 +293,17 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, nllb_fol
     began = time.time()
     assert os.waitpid(child([*flags, tmp_path / "whole.json"], tmp_path), 0)[1] == 0
     once, total, rng = time.time() - began, 0, random.Random(kills)
-    for turn in range(50):
+    for turn in range(kills):
         (tmp_path / "english.json.index").unlink(missing_ok=True)
         folder = tmp_path / f"turn{turn}"
         folder.mkdir()
         total += kill_until_done([*flags, folder / "cut.json"], folder, rng, 0.7 * once, kills - total)
         for name in ("cut.json", "cut.json.1-of-1.jsonl", "cut.rejected.md", "cut.rejected.png"):
             assert (folder / name).read_bytes() == (tmp_path / name.replace("cut", "whole")).read_bytes(), (turn, name)
+        assert not list(folder.glob(".cut.json.*.tmp")), "what a killed merge left behind"
         if total >= kills:
-            break
-    assert total >= kills
+            return
+    pytest.fail(f"{total} kills of {kills}: every run ended too soon")
 
 
 @pytest.mark.slow

@@ -153,7 +153,8 @@ def test_what_is_english_or_of_other_tasks_stays_as_it_is():
 def test_digits_alone_are_not_given_to_the_translator():
     translator = Dictionary()
     made = block([example("vqa", question="What color is the bus?", answer="102")], translator=translator)
-    assert made.rows[0]["label"] == "102" and [text for text, _ in translator.asked] == ["What color is the bus?"] and not made.report.rejected
+    listed = block([example(text="1.\nA dog\n22")], rejected="keep", translator=translator).rows[0]["label"]
+    assert listed == "1.\nMbwa\n22" and made.rows[0]["label"] == "102" and [text for text, _ in translator.asked] == ["What color is the bus?", "A dog"] and not made.report.rejected
 
 
 def test_texts_that_are_empty_or_not_english_are_said():
