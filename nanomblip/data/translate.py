@@ -40,7 +40,7 @@ from nanomblip.data.filters import Report
 from nanomblip.data.folder import pick_device
 from nanomblip.data.json_index import JsonExamples
 from nanomblip.data.languages import parse_lang_mix
-from nanomblip.data.translation import Block, Names, Plan
+from nanomblip.data.translation import Block, Names, Plan, texts_of
 from nanomblip.data.translators import NLLB_NAMES, open_translator
 from nanomblip.flags import flag, parse_flags, run_main
 from nanomblip.weights.files import write_atomic
@@ -134,8 +134,10 @@ def run(cfg: Config) -> None:
         job = dict(cfg.asked(), **{"input file": rows.contents(), "model": translator.fingerprint})
         done = len(file.begin(job, lambda row: row["block"]))
         place = lambda block: min(len(plan), block * size)  # the number of its first unit
-        first = place(todo.start)
-        progress = Progress(f"translate {cfg.shard}", place(todo.stop) - first, place(todo.start + done) - first)
+        first, last = place(todo.start), place(todo.stop) - 1
+        for k in range(plan[first][0], plan[last][0] + 1) if not done else ():  # said now, and not after days
+            texts_of(rows.row(k), f"{name}: example {k:,}")
+        progress = Progress(f"translate {cfg.shard}", last + 1 - first, place(todo.start + done) - first)
         with progress.bar as bar:
             for b in todo[done:]:
                 rejected = cfg.rejected or ("drop" if cfg.every else "other")

@@ -190,6 +190,14 @@ def test_inputs_that_are_none(run, source, tmp_path, content, words):
     assert status == 2 and words in err.splitlines()[-1] and "english.json" in err and not (tmp_path / "out.json").exists()
 
 
+def test_an_example_that_is_none_is_said_before_anything_is_translated(run, source, tmp_path, monkeypatch):
+    source.write_text(json.dumps([*examples(36), dict(context="Hm?", label="a", image_id="1")]))
+    monkeypatch.setattr(NLLBTranslator, "write", lambda *args: pytest.fail("translated"))
+    for flags in ((), ("--every",), ("--shard", "2/2")):
+        status, _, err = run(*flags)
+        assert status == 2 and "example 36: its prompt is not one" in err and not list(tmp_path.glob("out.json*"))
+
+
 def test_the_input_is_never_written_over(run, source, tmp_path):
     before = source.read_bytes()
     (tmp_path / "link.json").symlink_to(source)
