@@ -5,6 +5,7 @@ fetches them into weights/ first (hub.py). Answers go to stdout, or with --out a
 interrupted job goes on; all else goes to stderr. A bad picture does not stop the others.
 """
 
+import nanomblip  # isort: skip, before torch: how its threads wait  # noqa: F401
 import json
 import sys
 from collections import Counter

@@ -15,6 +15,7 @@ uninterrupted run on the same machine. Ctrl-C and SIGTERM save and exit. Started
 one model (training/distributed.py).
 """
 
+import nanomblip  # isort: skip, before torch: how its threads wait  # noqa: F401
 import math
 import platform
 import sys
@@ -42,7 +43,7 @@ from nanomblip.training.parts import add_checkpointing, mark_trainable, model_pa
 from nanomblip.training.saver import Saver
 from nanomblip.training.setup import build_batches, build_in_turn, languages_of, parameters_of, source_folders
 from nanomblip.training.stages import Stage, build_stages, precision, uses_bf16
-from nanomblip.training.state import Interrupt, Log, State, claim, keep_memory
+from nanomblip.training.state import Interrupt, Log, State, claim
 from nanomblip.weights.files import digest
 
 
@@ -51,7 +52,6 @@ def main(argv: list[str]) -> int:
     # Data: pictures, names and languages.
     cfg, folder = begin(argv)
     device = pick_device(cfg.device)
-    keep_memory()
     emoji = load_emoji(cfg.concepts)
     mix, held_out = languages_of(cfg, emoji)
     with ranks.first_alone():

@@ -50,7 +50,7 @@ from nanomblip.model.mt5 import MT5, MT5Attention  # noqa: E402
 from nanomblip.model.qformer import QFormerAttention  # noqa: E402
 from nanomblip.model.vit import ViTAttention  # noqa: E402
 from nanomblip.training.optimizers import Muon  # noqa: E402
-from nanomblip.training.state import Interrupt, Log, State, keep_memory, remove_leftovers  # noqa: E402
+from nanomblip.training.state import Interrupt, Log, State, remove_leftovers  # noqa: E402
 from nanomblip.training.warmup import name_places, name_scores, names_loss  # noqa: E402
 from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
 from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402
@@ -740,7 +740,6 @@ def train(stage, cfg: Config, work: Path) -> tuple[int, float, int]:
 
 
 def main(argv: list[str]) -> int:
-    keep_memory()
     known = (*STAGES, "aligned")
     cfg = parse_flags(Config, argv[1:] if argv[:1] and argv[0] in known else argv, "Make what nano starts from: mt0 or blip2.")
     if not argv or argv[0] not in known:

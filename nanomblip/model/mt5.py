@@ -250,7 +250,8 @@ class MT5(nn.Module):
     def __init__(self, cfg: MT5Config):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        # Given undrawn: to draw on the meta device, torch imports its compiler, which takes longer than all else.
+        self.embed = nn.Embedding(cfg.vocab, cfg.width, _weight=torch.empty(cfg.vocab, cfg.width))
         self.encoder = MT5Encoder(cfg)
         self.decoder = MT5Decoder(cfg)
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)

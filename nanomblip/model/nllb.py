@@ -198,7 +198,7 @@ class NLLB(nn.Module):
     def __init__(self, cfg: NLLBConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.embed = nn.Embedding(cfg.vocab, cfg.width, _weight=torch.empty(cfg.vocab, cfg.width))  # as in mt5.py
         self.encoder = NLLBEncoder(cfg)
         self.decoder = NLLBDecoder(cfg)
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)  # a layer of its own, so that it can be int8

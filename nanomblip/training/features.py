@@ -26,8 +26,8 @@ class LiveFeatures:
 
 
 class CachedFeatures:
-    """features(batch) -> float (B, 1, N, Dv), from a cache of all training pictures in `views` random views: (P,
-    views, N, Dv), on the GPU where it takes at most half of what is free there, else on the CPU.
+    """features(batch) -> float (B, 1, N, Dv), from a cache of all training pictures in `views` random views: fp16
+    (P, views, N, Dv), on the GPU where it takes at most half of what is free there, else on the CPU.
 
     noise: Gaussian noise of up to this times the standard deviation over pictures, its strength drawn for each
     picture. ValueError if the cache would take more than LARGEST_CACHE bytes.
@@ -36,7 +36,7 @@ class CachedFeatures:
     @torch.no_grad()
     def __init__(self, model: MBLIP, batches: Batches, device: torch.device, noise: float = 0.0):
         mixture, vit = batches.mixture, model.cfg.vit
-        size = len(mixture.emoji.cells) * batches.views * vit.tokens * vit.width * 4
+        size = len(mixture.cells) * batches.views * vit.tokens * vit.width * 2
         if size > LARGEST_CACHE:
             raise ValueError(
                 f"--views {batches.views}: a cache of what the ViT sees would take {size / 1e9:.1f} GB; give --views 0"
@@ -45,20 +45,25 @@ class CachedFeatures:
             "caption" if mixture.tasks == ["caption"] else "several"
         )  # one view serves all tasks: mirrored for captions only
         fits = device.type == "cuda" and 2 * size < torch.cuda.mem_get_info()[0]
-        self.device, self.home = device, device if fits else torch.device("cpu")
-        self.cache = torch.zeros(len(mixture.emoji.cells), batches.views, vit.tokens, vit.width, device=self.home)
+        self.device, home = device, device if fits else torch.device("cpu")
+        shape = len(mixture.cells), batches.views, vit.tokens, vit.width
+        self.cache = torch.empty(shape, dtype=torch.float16, device=home)
+        self.row = torch.full((len(mixture.emoji.cells),), -1)  # of each picture in the cache
+        self.row[mixture.cells] = torch.arange(len(mixture.cells))
         jobs = [(p, v) for p in mixture.cells for v in range(batches.views)]
         for i in tqdm(range(0, len(jobs), 256), desc="frozen ViT", leave=False):
             part = jobs[i : i + 256]
             drawn = [random.Random(f"{mixture.seed}/cached/{p}/{v}") for p, v in part]
             image = torch.stack([batches.augmented(p, rng, task) for (p, _), rng in zip(part, drawn)])[:, None]
             pictures, views = torch.tensor(part).T
-            self.cache[pictures, views] = model.image_features(image.to(device))[:, 0].to(self.home)
-        self.noise = noise * self.cache[mixture.cells].std((0, 1)).to(device)  # (N, Dv)
+            self.cache[self.row[pictures], views] = model.image_features(image.to(device))[:, 0].half().to(home)
+        places = self.cache.unbind(2)  # one at a time, which takes less memory
+        spread = torch.stack([place.float().std((0, 1)) for place in places])
+        self.noise = noise * spread.to(device)  # (N, Dv)
 
     def __call__(self, batch: dict) -> torch.Tensor:
-        picture, view = batch["picture"].to(self.home), batch["view"].to(self.home)
-        seen = self.cache[picture, view][:, None].to(self.device)  # (B, 1, N, Dv)
+        seen = self.cache[self.row[batch["picture"].cpu()], batch["view"].cpu()]  # (B, N, Dv)
+        seen = seen[:, None].to(self.device).float()  # (B, 1, N, Dv)
         if self.noise.any():
             strength = torch.rand(len(seen), 1, 1, 1, device=self.device)
             seen = seen + self.noise * torch.randn_like(seen) * strength

@@ -7,7 +7,6 @@ and it carries the sha256 of its content.
 """
 
 import csv
-import ctypes
 import os
 import signal
 import sys
@@ -177,18 +176,6 @@ class Interrupt:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def keep_memory() -> None:
-    """Let glibc keep the memory that tensors give back, instead of returning it to the system and asking again.
-
-    By default every block of 32 MB and more (logits, their gradients) comes from the system at each step, page by page:
-    a quarter to a third of a training step of nano went there. With another C library nothing is changed.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: bytes
-        mallopt(option, value)
 
 
 def begin_worker(worker: int) -> None:

@@ -117,7 +117,7 @@ def test_noise_on_what_the_vit_sees_is_as_strong_as_asked(batches):
     clean, noisy = (CachedFeatures(model, batches, CPU, noise)(batch)[:, 0] for noise in (0.0, 2.0))  # (B, N, Dv)
     again = CachedFeatures(model, batches, CPU)
     assert torch.equal(again(batch)[:, 0], clean) and not again.noise.any()
-    deviation = again.cache[batches.mixture.cells].std((0, 1))
+    deviation = again.cache.float().std((0, 1))
     added = torch.stack([(CachedFeatures.__call__(loud, batch)[:, 0] - clean) / deviation for loud in [CachedFeatures(model, batches, CPU, 2.0)] for _ in range(30)])
     strength = added.flatten(2).std(2).flatten()  # of each picture and draw
     assert 0 <= strength.min() < 0.3 and 1.7 < strength.max() < 2.4 and 0.8 < strength.mean() < 1.2 and not torch.equal(clean, noisy)
