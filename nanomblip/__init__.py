@@ -15,10 +15,10 @@ Import it before torch, as train.py and sample.py do: torch reads two settings o
 
 import os
 
-# A thread that waits sleeps. By default it spins, and where anything else runs on the machine, it spins in the place of the
-# thread that it waits for: two threads then write a sixth of the captions that one does.
+# A thread that waits sleeps. By default it spins, and where anything else runs on the machine, it spins in the place
+# of the thread that it waits for: two threads then write a sixth of the captions that one does.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# oneDNN compiles a kernel for every shape and keeps 1,024 of them; batches of ever new lengths filled gigabytes with them.
+# oneDNN compiles a kernel for every shape and keeps 1,024 of them: with batches of ever new lengths, gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 from nanomblip.model.mblip import MBLIP, PRESETS, MBLIPConfig
