@@ -19,9 +19,9 @@ image_id is the concept.
 Each translation is judged (filters.py). What is rejected is tried in other languages of --to, three in all, or left
 out: --rejected. An answer of VQA stays English instead, and the prompt says so.
 
-A block of 16 batches is the unit of work, a line in OUT.1-of-1.jsonl. After Ctrl-C, a full disk or `kill -9` the same
-command goes on, and ends with the same bytes (on the same kind of machine). --shard 2/4 does the second quarter of the
-blocks, here or elsewhere; --merge 4 puts the four parts together and checks that none is missing. Beside OUT,
+A block of 16 batches is the unit of work, a line in OUT.jsonl. After Ctrl-C, a full disk or `kill -9` the same command
+goes on, and ends with the same bytes (on the same kind of machine). --shard 0/4 does the first quarter of the blocks,
+here or elsewhere; --shard merge/4 puts the four parts together and checks that none is missing. Beside OUT,
 OUT.rejected.md and .png say what was rejected, by language and rule. The parts may be deleted then.
 """
 
@@ -35,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanomblip.data.answers import AnswerFile
+from nanomblip.data.answers import AnswerFile, Shard
 from nanomblip.data.filters import Report
 from nanomblip.data.folder import pick_device
 from nanomblip.data.json_index import JsonExamples
@@ -62,8 +62,9 @@ class Config:
         ("", "other", "drop", "keep"),
     )
     back: bool = flag(False, "translate back as well, and reject what does not come back; twice the time")
-    shard: str = flag("1/1", "i/n: do the i-th of n parts")
-    merge: int = flag(0, "put the parts of so many shards together; of the other flags only --out counts")
+    shard: str = flag(
+        "", "i/n: do part i of n, from 0 on; merge/n: put the n parts together; default: all, or torchrun's"
+    )
     batch: int = flag(32, "sentences at a time")
     num_beams: int = flag(1, "beams; 1 = greedy, as in mBLIP")
     dtype: str = flag("fp32", "type of the weights", ("fp32", "bf16", "int8"))
@@ -74,19 +75,12 @@ class Config:
     def __post_init__(self):
         if not self.out:
             raise ValueError("--out is missing: the file to write")
-        for name, low in dict(batch=1, num_beams=1, merge=0, seed=0).items():
+        for name, low in dict(batch=1, num_beams=1, seed=0).items():
             if not low <= getattr(self, name) < 2**31:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {low}")
         if self.every and self.rejected == "other":
             raise ValueError("--rejected other with --every: every language is there already; give drop or keep")
-        self.part()
-
-    def part(self) -> tuple[int, int]:
-        """i and n of --shard i/n."""
-        i, _, n = self.shard.partition("/")
-        if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-            raise ValueError(f"--shard {self.shard}: give i/n with i from 1 to n, such as 2/4")
-        return int(i), int(n)
+        Shard.parse(self.shard)
 
     def asked(self) -> dict:
         """The flags that the translations depend on, besides input and model."""
@@ -94,9 +88,9 @@ class Config:
         return {name: getattr(self, name) for name in names}
 
 
-def part_path(out: str, i: int, n: int) -> Path:
-    """The file of shard i of n."""
-    return Path(f"{out}.{i}-of-{n}.jsonl")
+def part_path(out: str, shard: Shard, number: int | None = None) -> Path:
+    """The file of a shard."""
+    return shard.path(f"{out}.jsonl", number)
 
 
 class Progress:
@@ -111,15 +105,15 @@ class Progress:
         self.bar.set_postfix_str(f"{self.tokens / self.seconds:,.0f} tokens/s")
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, shard: Shard) -> None:
     """Do what is missing of a shard."""
-    i, n = cfg.part()
+    n, this = shard.count, f"--shard {shard.number}/{shard.count}"
     name = f"--input {cfg.input}"
     with tqdm(desc=f"index {name}", unit="B", unit_scale=True, leave=False) as bar:
         rows = Names() if cfg.input == "emoji" else JsonExamples(cfg.input, bar, flag="--input")
     if not len(rows):
         raise ValueError(f"{name}: holds no example")
-    with AnswerFile(part_path(cfg.out, i, n)) as file:
+    with AnswerFile(part_path(cfg.out, shard)) as file:
         translator = open_translator(cfg.model, cfg.dtype, pick_device(cfg.device), cfg.legacy)
         if cfg.back and not translator.both_ways:
             raise ValueError(f"--back with --model {cfg.model}: it only reads English; leave it out, or take an NLLB")
@@ -127,17 +121,17 @@ def run(cfg: Config) -> None:
         plan, size = Plan(len(rows), mix, cfg.every, cfg.seed), BATCHES * cfg.batch
         blocks = -(-len(plan) // size)
         if blocks < n:
-            raise ValueError(
-                f"--shard {cfg.shard}: there are {blocks} blocks of {size} examples, so give at most {blocks}"
-            )
-        todo = range(blocks * (i - 1) // n, blocks * i // n)
+            raise ValueError(f"{this}: there are {blocks} blocks of {size} examples, so give at most {blocks}")
+        todo = range(blocks * shard.number // n, blocks * (shard.number + 1) // n)
         job = dict(cfg.asked(), **{"input file": rows.contents(), "model": translator.fingerprint})
         done = len(file.begin(job, lambda row: row["block"]))
         place = lambda block: min(len(plan), block * size)  # the number of its first unit
         first, last = place(todo.start), place(todo.stop) - 1
         for k in range(plan[first][0], plan[last][0] + 1) if not done else ():  # said now, and not after days
             texts_of(rows.row(k), f"{name}: example {k:,}")
-        progress = Progress(f"translate {cfg.shard}", last + 1 - first, place(todo.start + done) - first)
+        progress = Progress(
+            "translate" if n == 1 else f"translate {this}", last + 1 - first, place(todo.start + done) - first
+        )
         with progress.bar as bar:
             for b in todo[done:]:
                 rejected = cfg.rejected or ("drop" if cfg.every else "other")
@@ -161,18 +155,19 @@ def blocks_of(path: Path, again: str):
             yield row
 
 
-def merged(out: str, n: int, report: Report, counts: Counter):
-    """The examples of n parts in their order, each block checked; report and counts are added to."""
-    first, block = None, 0
-    for i in range(1, n + 1):
-        path, again = part_path(out, i, n), f"give the command of --shard {i}/{n} again"
+def merged(out: str, shard: Shard, report: Report, counts: Counter):
+    """The examples of all parts in their order, each block checked; report and counts are added to."""
+    first, block, n = None, 0, shard.count
+    for i in range(n):
+        path = part_path(out, shard, i)
+        again = f"give the command of --shard {i}/{n} again" if n > 1 else "give the same command again"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; {again}")
         for row in blocks_of(path, again):
             first = first or row
             if (row["job"], row["of"]) != (first["job"], first["of"]):
-                raise ValueError(f"{path}: was made with another model, input or flags than {part_path(out, 1, n)}; "
-                                 f"delete it, and {again}")  # fmt: skip
+                other = f"was made with another model, input or flags than {part_path(out, shard, 0)}"
+                raise ValueError(f"{path}: {other}; delete it, and {again}")
             if row["block"] != block:
                 raise ValueError(f"{path}: holds block {row['block']} where {block} belongs; delete it, and {again}")
             block += 1
@@ -180,17 +175,17 @@ def merged(out: str, n: int, report: Report, counts: Counter):
             report.rejected.update({(lang, rule): count for lang, rule, count in row["verdicts"]})
             counts.update(row["counts"])
             yield from row["rows"]
-        if first is None or block != first["of"] * i // n:
+        if first is None or block != first["of"] * (i + 1) // n:
             raise ValueError(f"{path}: is not finished; {again}")
 
 
-def merge(out: str, n: int) -> None:
-    """Write OUT and the report from the parts of n shards; nothing is written when anything is missing."""
+def merge(out: str, shard: Shard) -> None:
+    """Write OUT and the report from the parts of all shards; nothing is written when anything is missing."""
     report, counts, langs = Report(), Counter(), Counter()
 
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
-            for row in merged(out, n, report, counts):
+            for row in merged(out, shard, report, counts):
                 file.write((",\n" if langs else "[\n") + json.dumps(row, ensure_ascii=False))
                 langs[row["lang"]] += 1
             file.write("\n]\n" if langs else "[]\n")
@@ -219,13 +214,14 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--out {out}: is a folder or a device, not a file")
     if out.exists() and Path(cfg.input).exists() and os.path.samefile(out, cfg.input):
         raise ValueError(f"--out {out}: is the file of --input; give another name")
-    i, n = cfg.part()
-    if not cfg.merge:
-        run(cfg)
-    if n == 1 or cfg.merge:
-        merge(cfg.out, cfg.merge or 1)
+    shard = Shard.parse(cfg.shard)
+    if not shard.merge:
+        run(cfg, shard)
+    if shard.count == 1 or shard.merge:
+        merge(cfg.out, shard)
     else:
-        print(f"shard {i} of {n} is done; when all are: the same command with --merge {n}", file=sys.stderr)
+        done = f"shard {shard.number} of {shard.count} is done; when all are: the same command"
+        print(f"{done} with --shard merge/{shard.count}", file=sys.stderr)
     return 0
 
 

@@ -87,35 +87,35 @@ def test_the_output_is_a_mixture_with_every_example_once(run, source, tmp_path):
 
 def test_shards_and_a_merge_make_the_same_file(run, tmp_path):
     assert run()[0] == 0
-    for i in (2, 3, 1):
+    for i in (1, 2, 0):
         status, _, err = run("--shard", f"{i}/3", out="parts.json")
         assert status == 0 and f"shard {i} of 3 is done" in err and not (tmp_path / "parts.json").exists()
-        if i != 1:
-            assert run("--merge", 3, out="parts.json")[::2] == (2, f"translate: error: {tmp_path}/parts.json.1-of-3.jsonl: missing; give the command of --shard 1/3 again\n")
-    assert run("--merge", 3, out="parts.json")[0] == 0
+        if i:
+            assert run("--shard", "merge/3", out="parts.json")[::2] == (2, f"translate: error: {tmp_path}/parts.json.0-of-3.jsonl: missing; give the command of --shard 0/3 again\n")
+    assert run("--shard", "merge/3", out="parts.json")[0] == 0
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "out.json").read_bytes()
     assert (tmp_path / "parts.rejected.md").read_bytes() == (tmp_path / "out.rejected.md").read_bytes()
 
 
 def test_a_merge_notices_whatever_is_missing(run, tmp_path):
-    for i in (1, 2):
+    for i in (0, 1):
         assert run("--shard", f"{i}/2", out="p.json")[0] == 0
-    assert run("--merge", 2, out="p.json")[0] == 0
-    whole, path = (tmp_path / "p.json").read_bytes(), tmp_path / "p.json.2-of-2.jsonl"
+    assert run("--shard", "merge/2", out="p.json")[0] == 0
+    whole, path = (tmp_path / "p.json").read_bytes(), tmp_path / "p.json.1-of-2.jsonl"
     good = path.read_bytes()
     lines = good.splitlines(keepends=True)
-    assert len(lines) == 3 and len((tmp_path / "p.json.1-of-2.jsonl").read_bytes().splitlines()) == 2
+    assert len(lines) == 3 and len((tmp_path / "p.json.0-of-2.jsonl").read_bytes().splitlines()) == 2
     other = json.dumps(dict(json.loads(lines[1]), job="0" * 16)).encode() + b"\n"
     for bad, words in ((good[:-1], "line 3 is not a whole block"), (b"".join(lines[:2]), "not finished"), (lines[0] + lines[2], "block 4 where 3 belongs"),
                        (lines[0] + lines[0], "block 2 where 3 belongs"), (lines[1], "block 3 where 2 belongs"), (b"", "not finished"), (lines[0] + other, "another model, input or flags"),
                        (b"[]\n", "line 1 is not"), (b"{}\n", "line 1 is not"), (b"\xff\n", "line 1 is not"), (good + lines[2], "block 4 where 5 belongs")):  # fmt: skip
         path.write_bytes(bad)
-        status, _, err = run("--merge", 2, out="p.json")
-        assert status == 2 and words in err and "give the command of --shard 2/2 again" in err and err.count("\n") == 1 and (tmp_path / "p.json").read_bytes() == whole
+        status, _, err = run("--shard", "merge/2", out="p.json")
+        assert status == 2 and words in err and "give the command of --shard 1/2 again" in err and err.count("\n") == 1 and (tmp_path / "p.json").read_bytes() == whole
     path.write_bytes(good)
-    assert run("--merge", 2, out="p.json")[0] == 0 and (tmp_path / "p.json").read_bytes() == whole
-    status, _, err = run("--merge", 3, out="p.json")
-    assert status == 2 and "1-of-3.jsonl: missing" in err
+    assert run("--shard", "merge/2", out="p.json")[0] == 0 and (tmp_path / "p.json").read_bytes() == whole
+    status, _, err = run("--shard", "merge/3", out="p.json")
+    assert status == 2 and "0-of-3.jsonl: missing" in err
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
@@ -134,21 +134,21 @@ def test_an_interruption_costs_the_block_in_the_making(run, tmp_path, monkeypatc
         patch.setattr(NLLBTranslator, "write", stop)
         status, _, err = run(*flags, out="cut.json")
     assert status == 130 and "the same command goes on" in err and not (tmp_path / "cut.json").exists()
-    begun = (tmp_path / "cut.json.1-of-1.jsonl").read_bytes()
+    begun = (tmp_path / "cut.json.jsonl").read_bytes()
     assert 0 < begun.count(b"\n") < 5
-    (tmp_path / "cut.json.1-of-1.jsonl").write_bytes(begun + (tmp_path / "out.json.1-of-1.jsonl").read_bytes()[len(begun) : len(begun) + 200])
+    (tmp_path / "cut.json.jsonl").write_bytes(begun + (tmp_path / "out.json.jsonl").read_bytes()[len(begun) : len(begun) + 200])
     assert run(*flags, out="cut.json")[0] == 0
-    for name in ("", ".1-of-1.jsonl"):
+    for name in ("", ".jsonl"):
         assert (tmp_path / f"cut.json{name}").read_bytes() == (tmp_path / f"out.json{name}").read_bytes()
 
 
 def test_parts_of_another_job_are_refused_and_kept(run, tmp_path):
     assert run()[0] == 0
-    before = (tmp_path / "out.json.1-of-1.jsonl").read_bytes()
+    before = (tmp_path / "out.json.jsonl").read_bytes()
     for flags in (dict(to="sw,de"), dict(rejected="drop"), ("--seed", 1), ("--num_beams", 2), ("--legacy",), ("--dtype", "bf16"), ("--batch", 3)):
         status, _, err = run(**flags) if isinstance(flags, dict) else run(*flags)
         assert status == 2 and "holds answers made with" in err and "give another file, or delete it" in err and err.splitlines()[-1].startswith("translate: error")
-        assert (tmp_path / "out.json.1-of-1.jsonl").read_bytes() == before
+        assert (tmp_path / "out.json.jsonl").read_bytes() == before
 
 
 def test_another_model_or_input_is_refused(run, source, tmp_path, nllb_folder):
@@ -168,7 +168,7 @@ def test_another_model_or_input_is_refused(run, source, tmp_path, nllb_folder):
     (["--to", "swahli"], "--to 'swahli': unknown language 'swahli'; did you mean Swahili (sw)"), (["--to", "sw,quz"], "--to 'sw,quz': unknown language 'quz'"), (["--to", ""], "it is empty"),
     (["--to", "sw:0"], "not a positive number"), (["--model", "nllb-200-1.2B"], "nllb-200-1.2B: no such folder, and none of nano, nllb-200-distilled-600M"),
     (["--model", "nano", "--to", "sw,ceb"], "the translator knows no Cebuano (ceb)"), (["--model", "nano", "--back"], "--back with --model nano"), (["--shard", "3/2"], "--shard 3/2"), (["--shard", "1"], "--shard 1:"),
-    (["--shard", "0/2"], "--shard 0/2"), (["--shard", "1/9"], "there are 5 blocks of 8 examples, so give at most 5"), (["--batch", "0"], "--batch 0: at least 1"), (["--every", "--rejected", "other"], "--rejected other with --every"),
+    (["--shard", "2/2"], "--shard 2/2"), (["--shard", "1/9"], "there are 5 blocks of 8 examples, so give at most 5"), (["--batch", "0"], "--batch 0: at least 1"), (["--every", "--rejected", "other"], "--rejected other with --every"),
     (["--input", "none.json"], "--input none.json: no such file"), (["--device", "tpu"], "--device tpu"), (["--tu", "sw"], "did you mean --to"), (["--out", "no/folder/x.json"], "its folder does not exist"),
     (["--out", "."], "is a folder"), (["--out", ""], "--out is missing"),
 ])  # fmt: skip
@@ -193,7 +193,7 @@ def test_inputs_that_are_none(run, source, tmp_path, content, words):
 def test_an_example_that_is_none_is_said_before_anything_is_translated(run, source, tmp_path, monkeypatch):
     source.write_text(json.dumps([*examples(36), dict(context="Hm?", label="a", image_id="1")]))
     monkeypatch.setattr(NLLBTranslator, "write", lambda *args: pytest.fail("translated"))
-    for flags in ((), ("--every",), ("--shard", "2/2")):
+    for flags in ((), ("--every",), ("--shard", "1/2")):
         status, _, err = run(*flags)
         assert status == 2 and "example 36: its prompt is not one" in err and not list(tmp_path.glob("out.json*"))
 
@@ -207,7 +207,7 @@ def test_the_input_is_never_written_over(run, source, tmp_path):
 
 
 def test_a_part_that_is_something_else_is_refused_and_stays(run, tmp_path):
-    path = tmp_path / "out.json.1-of-1.jsonl"
+    path = tmp_path / "out.json.jsonl"
     path.write_text("my only copy\n")
     status, _, err = run()
     assert status == 2 and "line 1 is no answer of this program" in err and path.read_text() == "my only copy\n"
@@ -236,20 +236,20 @@ def limited(size, work):
 
 def test_a_full_disk_loses_nothing(run, tmp_path):
     assert run()[0] == 0
-    whole, parts = ((tmp_path / f"out.json{name}").read_bytes() for name in ("", ".1-of-1.jsonl"))
+    whole, parts = ((tmp_path / f"out.json{name}").read_bytes() for name in ("", ".jsonl"))
     first = parts.index(b"\n") + 1
     status, _, err = limited(max(first, 6000) + 10, lambda: run(out="full.json"))
     assert status == 2 and "not written" in err and "make room, then give the same command again" in err
-    assert parts.startswith(done := (tmp_path / "full.json.1-of-1.jsonl").read_bytes()) and len(done) >= first
-    (tmp_path / "full.json.1-of-1.jsonl").write_bytes(parts)
+    assert parts.startswith(done := (tmp_path / "full.json.jsonl").read_bytes()) and len(done) >= first
+    (tmp_path / "full.json.jsonl").write_bytes(parts)
     (tmp_path / "full.json").write_text("what was there")
-    status, _, err = limited(len(whole) // 2, lambda: run("--merge", 1, out="full.json"))
+    status, _, err = limited(len(whole) // 2, lambda: run("--shard", "merge/1", out="full.json"))
     assert status == 2 and "all translations are kept: make room" in err and (tmp_path / "full.json").read_text() == "what was there"
     assert run(out="full.json")[0] == 0 and (tmp_path / "full.json").read_bytes() == whole
 
 
 def test_two_processes_do_not_write_the_same_part(run, tmp_path):
-    with translate.AnswerFile(tmp_path / "out.json.1-of-1.jsonl"):
+    with translate.AnswerFile(tmp_path / "out.json.jsonl"):
         status, _, err = run()
     assert status == 2 and "another process writes to it" in err
 
@@ -306,7 +306,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, nllb_fol
         folder = tmp_path / f"turn{turn}"
         folder.mkdir()
         total += kill_until_done([*flags, folder / "cut.json"], folder, rng, 0.7 * once, kills - total)
-        for name in ("cut.json", "cut.json.1-of-1.jsonl", "cut.rejected.md", "cut.rejected.png"):
+        for name in ("cut.json", "cut.json.jsonl", "cut.rejected.md", "cut.rejected.png"):
             assert (folder / name).read_bytes() == (tmp_path / name.replace("cut", "whole")).read_bytes(), (turn, name)
         assert not list(folder.glob(".cut.json.*.tmp")), "what a killed merge left behind"
         if total >= kills:
@@ -326,4 +326,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path, nllb_folder):
         assert status == 0 and len(json_index.JsonExamples(tmp_path / f"{count}.out")) == count
         peaks.append(used.ru_maxrss / 1024)
     assert resource and peaks[1] - peaks[0] < 20, peaks
-    assert Path(tmp_path / "200000.out.1-of-1.jsonl").stat().st_size > 20_000_000
+    assert Path(tmp_path / "200000.out.jsonl").stat().st_size > 20_000_000
