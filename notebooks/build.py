@@ -171,7 +171,7 @@ def execute(name: str, cells: list[NotebookNode]) -> Built:
     """Run the cells of one source, fill in the numbers and compare the claims."""
     built = Built(name)
     folder = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(new_notebook(cells=cells), timeout=900, kernel_name="python3", resources=folder)
+    client = NotebookClient(new_notebook(cells=cells), timeout=3600, kernel_name="python3", resources=folder)
     run = lambda cell, i: client.execute_cell(cell, i, store_history=False)
     title, begun = "", time.time()
     with client.setup_kernel(env=os.environ | {"NANOMBLIP_BUILD": "1", "TQDM_DISABLE": "1"}):

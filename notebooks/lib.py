@@ -9,6 +9,7 @@ import html
 import io
 import json
 import os
+from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.nn.functional as F  # noqa: E402
 from IPython.display import HTML, display  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from nanomblip.data.emoji import load_emoji  # noqa: E402
+from nanomblip.data.emoji import load_emoji, load_names  # noqa: E402
 from nanomblip.data.image import ImageConfig, array_to_tensor  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
 from nanomblip.data.prompts import EVAL_PROMPT  # noqa: E402
@@ -33,12 +34,12 @@ from nanomblip.data.scripts import normal, script_of  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.measure.lens import lens  # noqa: E402
 from nanomblip.model.generate import Decoding, eval_mode, write  # noqa: E402
+from nanomblip.training.state import keep_memory  # noqa: E402
 from nanomblip.weights.load import load_mblip  # noqa: E402
 
 # Okabe and Ito's palette, safe for colour-blind eyes.
 ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#777777"
 PARTS = {"ViT": SKY, "Q-Former": ORANGE, "queries": PINK, "projection": RED, "language model": BLUE, "LoRA": GREEN}
-CREDITS = "Drawings: Noto, Twemoji (CC BY 4.0), Fluent, EmojiTwo (CC BY 4.0) and others; all in data/NOTICE."
 
 
 # ---- the first cell ----------------------------------------------------------------------------------------------------
@@ -47,6 +48,7 @@ CREDITS = "Drawings: Noto, Twemoji (CC BY 4.0), Fluent, EmojiTwo (CC BY 4.0) and
 def begin() -> None:
     """Set up figures and threads, and say what is missing and how to get it."""
     torch.set_num_threads(1)
+    keep_memory()
     plt.rcParams.update({
         "figure.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.spines.top": False,
         "axes.spines.right": False, "image.interpolation": "nearest", "image.cmap": "cividis", "legend.frameon": False,
@@ -144,7 +146,7 @@ def lens_figure(images, readings, titles, heading="") -> plt.Figure:
     """
     B, Q = len(readings), len(readings[0])
     fig, axes = plt.subplots(B, 2, figsize=(1.6 + 0.62 * Q, 0.62 * B), squeeze=False,
-                             gridspec_kw=dict(width_ratios=[1.0, Q], wspace=0.02, hspace=0.08))  # fmt: skip
+                             gridspec_kw=dict(width_ratios=[0.1 if images is None else 1, Q], wspace=0.02, hspace=0.08))  # fmt: skip
     for i, ((left, right), pairs, title) in enumerate(zip(axes, readings, titles)):
         left.axis("off")
         if images is not None:
@@ -253,12 +255,23 @@ class Nano:
         """Is a text exactly the human name of picture p?"""
         return normal(text) == normal(self.name(p, lang))
 
-    def meaning(self, text: str, lang: str) -> str:
-        """The English name of what a text names in a language; "" where it names nothing that we know."""
-        for concept, name in self.emoji.names[lang].items():
-            if normal(name) == normal(text):
-                return self.emoji.names["en"][concept]
-        return ""
+
+def meaning(text: str, lang: str) -> str:
+    """The English name of what a text names in a language; "" where it names nothing that we know."""
+    return meanings(lang).get(normal(text), "")
+
+
+def as_shown(text: str, lang: str) -> str:
+    """A text as a notebook may show it: as it is where people use it as a name, else hidden, because nobody here could
+    say what a word that does not exist looks like to those who read the language."""
+    return text if lang == "en" or meaning(text, lang) else "(no name)"
+
+
+@cache
+def meanings(lang: str) -> dict[str, str]:
+    """Every name that CLDR has in a language -> its English name."""
+    names = load_names()
+    return {normal(name): names["en"].get(emoji, emoji) for emoji, name in names.get(lang, {}).items()}
 
 
 # ---- exercises and claims ----------------------------------------------------------------------------------------------
