@@ -2,6 +2,7 @@
 
 A source, src/NAME.md, is Markdown. Fences of ```python become code cells; a second word says what kind:
 
+    ```python thumbnail   its figure stands for the notebook in README.md
     ```python check       holds the text against the code; tagged and folded
     ```python exercise    has a blank for the reader
     ```python solution    fills it; run here, and folded away below the exercise
@@ -11,13 +12,15 @@ above. A sentence that says how things compare has its comparison behind it, as 
 
     The right picture is better. <!-- claim: right < wrong -->
 
-Each notebook is executed. If a cell fails, or a solution, or a claim does not hold, nothing is written and the report
-names the notebook, the sentence, the comparison and the numbers in it. Written are NAME.ipynb (solutions folded), and
-in out/notebooks the builds `student` (without solutions) and `teacher` (with solutions as cells).
+Each notebook is executed. If a cell or a solution fails or a claim does not hold, it is not written, and the report names
+the notebook, the sentence, the comparison and the numbers in it. Written are NAME.ipynb (solutions folded), and in
+out/notebooks the builds `student` (without solutions) and `teacher` (with solutions as cells).
 
 A source takes from 10 seconds to some minutes on one thread; --jobs 2 executes two of them at a time.
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -33,6 +36,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -44,8 +48,9 @@ from nanomblip.weights.files import write_atomic, write_json  # noqa: E402
 FENCE = re.compile(r"^```python ?(\w*)\n(.*?)^```\n", re.M | re.S)
 NUMBER = re.compile(r"\{=(.+?)=\}", re.S)
 CLAIM = re.compile(r"\s*<!-- claim: (.+?) -->", re.S)
-KINDS = ("", "check", "exercise", "solution")
+KINDS = ("", "thumbnail", "check", "exercise", "solution")
 WIDEST = 100  # characters of a line of code
+THUMBNAIL = (300, 160)  # pixels
 BUILDS = ("student", "course", "teacher")
 # The first cell of each: where the repository is, and what is missing.
 START = '''import sys
@@ -81,17 +86,16 @@ def main(argv: list[str]) -> int:
     parsed = {path.stem: parse(path.read_text(encoding="utf-8"), path.stem) for path in sources}
     with ThreadPoolExecutor(cfg.jobs) as pool:
         built = list(pool.map(execute, parsed, parsed.values()))
-    problems = [problem for result in built for problem in result.problems]
     for result in built:
         print(f"{result.name}: {result.seconds:.0f} s, {len(result.problems)} problems")
+        if not (cfg.check or result.problems):
+            result.write()
+    problems = [problem for result in built for problem in result.problems]
     if problems:
         print("\n\n".join(["", *problems]), file=sys.stderr)
-        return 1
-    if not cfg.check:
-        for result in built:
-            result.write()
+    elif not cfg.check and len(cfg.names) == 0:
         write_json(HERE / "weights.json", fingerprint())
-    return 0
+    return 1 if problems else 0
 
 
 def fingerprint() -> dict[str, str]:
@@ -165,13 +169,21 @@ class Built:
             folder.mkdir(parents=True, exist_ok=True)
             text = nbformat.writes(self.notebook(build))
             write_atomic(folder / f"{self.name}.ipynb", lambda path, text=text: Path(path).write_text(text + "\n", "utf-8"))
+        for cell in self.cells:
+            if "thumbnail" in cell.metadata.get("tags", ()):
+                png = next(out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {}))
+                image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+                image.thumbnail(THUMBNAIL)
+                (HERE / "thumbnails").mkdir(exist_ok=True)
+                image.quantize(64).save(HERE / f"thumbnails/{self.name}.png", optimize=True)
 
 
 def execute(name: str, cells: list[NotebookNode]) -> Built:
     """Run the cells of one source, fill in the numbers and compare the claims."""
     built = Built(name)
     folder = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(new_notebook(cells=cells), timeout=3600, kernel_name="python3", resources=folder)
+    client = NotebookClient(new_notebook(cells=cells), timeout=3600, kernel_name="python3", resources=folder,
+                            extra_arguments=["--log-level=40"])  # fmt: skip
     run = lambda cell, i: client.execute_cell(cell, i, store_history=False)
     title, begun = "", time.time()
     with client.setup_kernel(env=os.environ | {"NANOMBLIP_BUILD": "1", "TQDM_DISABLE": "1"}):
