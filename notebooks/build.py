@@ -2,7 +2,8 @@
 
 A source, src/NAME.md, is Markdown. Fences of ```python become code cells; a second word says what kind:
 
-    ```python thumbnail   its figure stands for the notebook in README.md
+    ```python figure      draws; tagged and folded, its output is not
+    ```python thumbnail   a figure that stands for the notebook in README.md
     ```python check       holds the text against the code; tagged and folded
     ```python exercise    has a blank for the reader
     ```python solution    fills it; run here, and folded away below the exercise
@@ -33,7 +34,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
@@ -48,12 +49,12 @@ from nanomblip.weights.files import write_atomic, write_json  # noqa: E402
 FENCE = re.compile(r"^```python ?(\w*)\n(.*?)^```\n", re.M | re.S)
 NUMBER = re.compile(r"\{=(.+?)=\}", re.S)
 CLAIM = re.compile(r"\s*<!-- claim: (.+?) -->", re.S)
-KINDS = ("", "thumbnail", "check", "exercise", "solution")
+KINDS = ("", "figure", "thumbnail", "check", "exercise", "solution")
 WIDEST = 100  # characters of a line of code
 THUMBNAIL = (300, 160)  # pixels
 BUILDS = ("student", "course", "teacher")
 # The first cell of each: where the repository is, and what is missing.
-START = '''import sys
+START = """import sys
 from pathlib import Path
 
 here = Path.cwd()
@@ -68,7 +69,7 @@ sys.path[:0] = [str(roots[0]), str(roots[0] / "notebooks")]
 import lib
 
 lib.begin()
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ def main(argv: list[str]) -> int:
 
 def fingerprint() -> dict[str, str]:
     """What the numbers in the text belong to: the weights and the records, by the sha256 of each file."""
-    files = [*ROOT.glob("weights/nano/*/*.safetensors"), *HERE.glob("records/*.json"), *ROOT.glob("weights/records/*.json")]
+    files = [
+        *ROOT.glob("weights/nano/*/*.safetensors"),
+        *HERE.glob("records/*.json"),
+        *ROOT.glob("weights/records/*.json"),
+    ]
     return {str(p.relative_to(ROOT)): sha256(p.read_bytes()).hexdigest()[:16] for p in sorted(files)}
 
 
@@ -108,10 +113,10 @@ def parse(source: str, name: str) -> list[NotebookNode]:
     """The cells of a source, numbers and claims still in them; the first code cell is START."""
     cells, at = [], 0
     for match in [*FENCE.finditer(source), None]:
-        text = source[at : match.start() if match else None].strip()
-        if text:
-            cells.append(new_markdown_cell(text, id=f"{name}-{len(cells)}"))
-        if len(cells) == 1:
+        for text in re.split(r"^(?=## )", source[at : match.start() if match else None], flags=re.M):
+            if text.strip():
+                cells.append(new_markdown_cell(text.strip(), id=f"{name}-{len(cells)}"))
+        if not at:
             cells.append(code_cell(START, "setup", f"{name}-{len(cells)}"))
         if match:
             kind, code = match.groups()
@@ -129,7 +134,7 @@ def code_cell(code: str, kind: str, name: str) -> NotebookNode:
     cell = new_code_cell(code.strip(), id=name)
     if kind:
         cell.metadata.tags = [kind]
-    if kind in ("check", "setup"):
+    if kind in ("check", "setup", "figure", "thumbnail"):
         cell.metadata.jupyter = {"source_hidden": True}
     return cell
 
@@ -168,7 +173,9 @@ class Built:
             folder = HERE if build == "course" else ROOT / "out/notebooks" / build
             folder.mkdir(parents=True, exist_ok=True)
             text = nbformat.writes(self.notebook(build))
-            write_atomic(folder / f"{self.name}.ipynb", lambda path, text=text: Path(path).write_text(text + "\n", "utf-8"))
+            write_atomic(
+                folder / f"{self.name}.ipynb", lambda path, text=text: Path(path).write_text(text + "\n", "utf-8")
+            )
         for cell in self.cells:
             if "thumbnail" in cell.metadata.get("tags", ()):
                 png = next(out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {}))
@@ -202,7 +209,7 @@ def execute(name: str, cells: list[NotebookNode]) -> Built:
             else:
                 try:
                     run(cell, i)
-                except CellExecutionError as error:
+                except (CellExecutionError, DeadKernelError, TimeoutError) as error:
                     built.problems.append(f"{where}, {title}: the cell failed\n{short(str(error))}")
                     break
                 noise = [out.text for out in cell.outputs if out.get("name") == "stderr"]
@@ -219,7 +226,9 @@ def execute(name: str, cells: list[NotebookNode]) -> Built:
 
 def complaints(text: str, where: str, asked, numbers, claims) -> list[str]:
     """What is wrong with the numbers and the claims of one Markdown cell."""
-    found = [f"{where}: the number {{={expression}=}}: {error}" for expression, (_, error) in zip(asked[0], numbers) if error]
+    found = [
+        f"{where}: the number {{={expression}=}}: {error}" for expression, (_, error) in zip(asked[0], numbers) if error
+    ]
     sentences = re.split(r"<!-- claim: .+? -->", text, flags=re.S)
     for expression, sentence, (holds, detail) in zip(asked[1], sentences, claims):
         if not holds:

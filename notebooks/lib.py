@@ -244,12 +244,15 @@ class Nano:
     @torch.no_grad()
     def losses(self, vectors, langs, names) -> torch.Tensor:
         """Cross-entropy per token (nats) of given names behind given vectors (B, Q, D): (B,)."""
-        prompt = self.tokenizer.batch([EVAL_PROMPT.format(L=LANGUAGES[lang].name) for lang in langs])
-        labels = pad_rows([self.tokenizer.encode(name) for name in names], -100)
-        with eval_mode(self.model):
-            logits, _ = self.model(None, prompt, labels, visual=vectors)
-        each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T)
-        return each.sum(1) / (labels != -100).sum(1)
+        found = []
+        for i in range(0, len(langs), 128):
+            prompt = self.tokenizer.batch([EVAL_PROMPT.format(L=LANGUAGES[lang].name) for lang in langs[i : i + 128]])
+            labels = pad_rows([self.tokenizer.encode(name) for name in names[i : i + 128]], -100)
+            with eval_mode(self.model):
+                logits, _ = self.model(None, prompt, labels, visual=vectors[i : i + 128])
+            each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T)
+            found.append(each.sum(1) / (labels != -100).sum(1))
+        return torch.cat(found)
 
     def right(self, p: int, lang: str, text: str) -> bool:
         """Is a text exactly the human name of picture p?"""
@@ -325,7 +328,7 @@ def evaluate(numbers: list[str], claims: list[str], variables: dict) -> None:
 
 
 def values_in(expression: str, variables: dict) -> list[str]:
-    """"part = value" for the sides of each comparison in an expression, so that a failure can be understood."""
+    """ "part = value" for the sides of each comparison in an expression, so that a failure can be understood."""
     found = []
     for node in ast.walk(ast.parse(expression.strip(), mode="eval")):
         for side in [node.left, *node.comparators] if isinstance(node, ast.Compare) else []:

@@ -35,7 +35,9 @@ def test_every_source_has_its_notebook_its_row_and_its_thumbnail():
     names = {path.stem for path in SOURCES}
     assert names == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert names == {path.stem for path in (ROOT / "notebooks/thumbnails").glob("*.png")}
-    assert names <= set(re.findall(r"\]\((\w+)\.ipynb\)", readme)) and names == set(re.findall(r"thumbnails/(\w+)", readme))
+    assert names <= set(re.findall(r"\]\((\w+)\.ipynb\)", readme)) and names == set(
+        re.findall(r"thumbnails/(\w+)", readme)
+    )
 
 
 @each_source
@@ -117,7 +119,9 @@ def test_a_claim_that_does_not_hold_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     built = build.execute("small", build.parse(SMALL, "small"))
     assert len(built.problems) == 1
-    assert "small, cell" in built.problems[0] and "Three is 1?" in built.problems[0] and "small = 1" in built.problems[0]
+    assert (
+        "small, cell" in built.problems[0] and "Three is 1?" in built.problems[0] and "small = 1" in built.problems[0]
+    )
     assert "It is 2.0. One is smaller. Three is 1?" in built.cells[3].source
     course, student, teacher = (built.notebook(name) for name in ("course", "student", "teacher"))
     assert "the sum: still blank" in course.cells[4].outputs[0].text
