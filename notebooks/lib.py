@@ -86,15 +86,12 @@ def has(*packages: str) -> bool:
 
 
 def show(fig, alt: str) -> None:
-    """Display a figure as a PNG of 150 dpi and 256 colours, with a text for those who cannot see it."""
+    """Display a figure as a PNG of 150 dpi, with a text for those who cannot see it."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=150, bbox_inches="tight", facecolor="white")
+    fig.savefig(buffer, dpi=150, bbox_inches="tight", facecolor="white", pil_kwargs=dict(optimize=True))
     plt.close(fig)
-    picture = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    small = io.BytesIO()
-    picture.save(small, "PNG", optimize=True)
-    width = round(picture.width * 96 / 150)
-    data = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
+    width = round(Image.open(buffer).width * 96 / 150)
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
     display(data, raw=True, metadata={"image/png": {"width": width, "alt": alt}})
 
 
