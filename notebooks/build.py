@@ -85,13 +85,13 @@ def main(argv: list[str]) -> int:
     if not sources:
         raise ValueError(f"--names {' '.join(cfg.names)}: none of {', '.join(p.stem for p in HERE.glob('src/*.md'))}")
     parsed = {path.stem: parse(path.read_text(encoding="utf-8"), path.stem) for path in sources}
+    problems = []
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        built = list(pool.map(execute, parsed, parsed.values()))
-    for result in built:
-        print(f"{result.name}: {result.seconds:.0f} s, {len(result.problems)} problems")
-        if not (cfg.check or result.problems):
-            result.write()
-    problems = [problem for result in built for problem in result.problems]
+        for built in pool.map(execute, parsed, parsed.values()):
+            print(f"{built.name}: {built.seconds:.0f} s, {len(built.problems)} problems", flush=True)
+            if not (cfg.check or built.problems):
+                built.write()
+            problems += built.problems
     if problems:
         print("\n\n".join(["", *problems]), file=sys.stderr)
     elif not cfg.check and len(cfg.names) == 0:

@@ -125,7 +125,7 @@ def interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     middle, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-    return min(low, share), max(high, share)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def table(header, rows, bold=lambda row, column: False) -> None:
