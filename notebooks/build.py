@@ -47,7 +47,7 @@ from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.weights.files import write_atomic, write_json  # noqa: E402
 
 FENCE = re.compile(r"^```python ?(\w*)\n(.*?)^```\n", re.M | re.S)
-NUMBER = re.compile(r"\{=(.+?)=\}", re.S)
+NUMBER = re.compile(r"\{=(?!\})(.+?)=\}", re.S)  # not the {=} of LaTeX
 CLAIM = re.compile(r"\s*<!-- claim: (.+?) -->", re.S)
 KINDS = ("", "figure", "thumbnail", "check", "exercise", "solution")
 WIDEST = 100  # characters of a line of code

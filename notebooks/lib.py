@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from IPython.display import HTML, display  # noqa: E402
+from matplotlib import font_manager  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from nanomblip.data.emoji import load_emoji, load_names  # noqa: E402
@@ -167,14 +168,14 @@ def draw_reading(ax, pairs) -> None:
         ax.text(q + 0.5, 0.22, f"{cosine:.2f}", ha="center", va="center", fontsize=6, color=colour)
 
 
-SHOWN = {"Latn", "Grek", "Cyrl", "Armn", "Geor", None}  # scripts that matplotlib's own font can draw
+SHOWN = {"Latn", "Grek", "Cyrl", "Armn", "Geor", None}  # scripts that a figure can show, written as they are
 
 
 def printable(token: str) -> str:
     """A token as a figure can show it: "_" begins a word; the script's name where the font lacks its letters."""
-    scripts = {script_of(c) for c in token}
-    other = scripts - SHOWN
-    return f"({min(map(str, other))})" if other else token.replace("▁", "_").replace("$", r"\$")
+    glyphs = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    other = [script_of(c) or "sign" for c in token if script_of(c) not in SHOWN or ord(c) not in glyphs]
+    return f"({other[0]})" if other else token.replace("▁", "_").replace("$", r"\$")
 
 
 # ---- nano --------------------------------------------------------------------------------------------------------------
