@@ -35,7 +35,6 @@ from nanomblip.data.scripts import normal, script_of  # noqa: E402
 from nanomblip.data.tokenizer import Tokenizer, pad_rows  # noqa: E402
 from nanomblip.measure.lens import lens  # noqa: E402
 from nanomblip.model.generate import Decoding, eval_mode, write  # noqa: E402
-from nanomblip.training.state import keep_memory  # noqa: E402
 from nanomblip.weights.load import load_mblip  # noqa: E402
 
 # Okabe and Ito's palette, safe for colour-blind eyes.
@@ -49,7 +48,6 @@ PARTS = {"ViT": SKY, "Q-Former": ORANGE, "queries": PINK, "projection": RED, "la
 def begin() -> None:
     """Set up figures and threads, and say what is missing and how to get it."""
     torch.set_num_threads(1)
-    keep_memory()
     plt.rcParams.update({
         "figure.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.spines.top": False,
         "axes.spines.right": False, "image.interpolation": "nearest", "image.cmap": "cividis", "legend.frameon": False,
