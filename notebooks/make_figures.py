@@ -1,0 +1,367 @@
+"""Make the figures of the documents from the shipped weights, data and records: python notebooks/make_figures.py
+
+Writes notebooks/figures/*.png, and figures.json beside them: what each figure was made from (a hash of the files that
+it reads) and what it found, from which the documents take their numbers. `--example` only looks for the example picture.
+
+Every script is drawn by its own font of the Noto Sans family, which the `npm` client installs into out/fonts, once.
+Matplotlib 3.11 or newer is needed: it joins letters as Arabic, Devanagari or Khmer want them.
+"""
+
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import lib  # noqa: E402
+import matplotlib  # noqa: E402
+from fontTools.ttLib import TTFont  # noqa: E402  (comes with matplotlib)
+from lib import BLUE, GREEN, GREY, ORANGE, RED, ROOT, SKY, plt  # noqa: E402
+from matplotlib import font_manager  # noqa: E402
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
+
+from nanomblip.data.decode import load_image  # noqa: E402
+from nanomblip.data.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, picture_split, unit_hash  # noqa: E402
+from nanomblip.data.image import image_to_tensor  # noqa: E402
+from nanomblip.data.languages import LANGUAGES  # noqa: E402
+from nanomblip.data.scripts import script_of  # noqa: E402
+from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
+from nanomblip.measure import ablation_tables  # noqa: E402
+from nanomblip.measure.ablation_suites import SUITES, read_records, settings_of  # noqa: E402
+from nanomblip.model.generate import DECODING  # noqa: E402
+from nanomblip.weights.files import read_json, write_json  # noqa: E402
+
+FIGURES = ROOT / "notebooks/figures"
+DPI = 220  # eight inches are 1,760 pixels, shown at half of that
+EXAMPLE = "wolf.png"  # in data/; data/build_emoji.py draws it
+SIX = ("sw", "ru", "ar", "hi", "th", "ja")  # languages of the hero figure, in six scripts
+DOZEN = ("en", "el", "ru", "iw", "ar", "hi", "ta", "th", "km", "ka", "ko", "zh")
+LANGS = ("sw", "de", "ru", "ar", "hi", "bn", "th", "ja", "ko", "ka", "tr", "yo")  # of the twelve captions
+THINGS = ("cat", "penguin", "mushroom", "banana", "rocket", "bicycle", "umbrella", "guitar")
+PICTURES, WEIGHTS = ("data/SHA256SUMS",), ("weights/nano/*/model.safetensors", "weights/nano/aligned/record.json")
+READS = {  # figure -> the files it is made from
+    "hero": (*PICTURES, *WEIGHTS),
+    "contact_sheet": PICTURES,
+    "scripts": PICTURES,
+    "ablations": ("notebooks/records/*.json",),
+    "captions": (*PICTURES, *WEIGHTS),
+}
+
+# Script -> package and part of it; what is not here is in Latin letters.
+FONTS = {
+    "Cyrl": ("", "cyrillic"), "Grek": ("", "greek"), "Arab": "arabic", "Armn": "armenian", "Beng": "bengali",
+    "Deva": "devanagari", "Ethi": "ethiopic", "Geor": "georgian", "Gujr": "gujarati", "Guru": "gurmukhi",
+    "Hebr": "hebrew", "Knda": "kannada", "Khmr": "khmer", "Laoo": "lao", "Mlym": "malayalam", "Mymr": "myanmar",
+    "Sinh": "sinhala", "Taml": "tamil", "Telu": "telugu", "Thai": "thai", "Kana": ("-jp", "japanese"),
+    "Hira": ("-jp", "japanese"), "Hani": ("-sc", "chinese-simplified"), "Hang": ("-kr", "korean"),
+}  # fmt: skip
+LATIN = ("latin", "latin-ext", "vietnamese", "cyrillic", "cyrillic-ext")
+FONT_VERSION = "5.3.0"
+
+
+@dataclass(frozen=True)
+class Config:
+    names: list = flag((), "figures to make: " + ", ".join(READS) + "; default: all", many=True)
+    example: bool = flag(False, "say which held-out picture of an animal has the most languages right, and stop")
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config, argv, "Make the figures of the documents.")
+    wrong = [name for name in cfg.names if name not in READS]
+    if wrong:
+        raise ValueError(f"--names {wrong[0]}: none of {', '.join(READS)}")
+    lib.begin()
+    if cfg.example:
+        for count, picture, name in find_example(lib.Nano())[:10]:
+            print(f"{count} of 85 languages: {name} by {picture[1]} ({picture[0]})")
+        return 0
+    install_fonts(ROOT / "out/fonts")
+    plt.rcParams.update({"font.family": [family("", part) for part in LATIN], "figure.dpi": DPI, "font.size": 10})
+    FIGURES.mkdir(exist_ok=True)
+    path = FIGURES / "figures.json"
+    found = read_json(path) if path.exists() else {}
+    for name in cfg.names or READS:
+        fig, facts = globals()[f"draw_{name}"]()
+        fig.savefig(FIGURES / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None},
+                    pil_kwargs=dict(optimize=True))  # fmt: skip
+        plt.close(fig)
+        found[name] = {"read": digest(name), **facts}
+        print(f"{name}: {facts}")
+    write_json(path, found)
+    return 0
+
+
+def digest(name: str) -> str:
+    """The sha256 of the names and contents of all files that a figure is made from."""
+    whole = sha256()
+    for path in sorted(path for pattern in READS[name] for path in ROOT.glob(pattern)):
+        whole.update(f"{path.relative_to(ROOT).as_posix()} {sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def find_example(nano: lib.Nano) -> list[tuple[int, tuple[str, str], str]]:
+    """Held-out pictures of animals by the number of languages in which five beams write the right name, best first;
+    of equal ones the first in Unicode's order: (number, (concept, artist), English name)."""
+    table = (line.split("\t") for line in (ROOT / "data/concepts.tsv").read_text("utf-8").splitlines())
+    order = {row[0]: i for i, row in enumerate(table) if row[2] == "Animals & Nature"}
+    cells = [p for p in nano.emoji.cells_in("test") if nano.emoji.cells[p][0] in order]
+    langs, found = list(nano.emoji.names), []
+    for p, vectors in zip(cells, nano.vectors(cells)):
+        answers = nano.write(vectors.expand(len(langs), -1, -1), langs, decoding=DECODING["caption"])
+        count = sum(nano.right(p, lang, text) for lang, text in zip(langs, answers))
+        found.append((count, nano.emoji.cells[p], nano.english(p)))
+    return sorted(found, key=lambda row: (-row[0], order[row[1][0]]))
+
+
+# ---- fonts -------------------------------------------------------------------------------------------------------------
+
+
+def parts_of(script: str) -> tuple[str, str]:
+    """The package and the part of it that draws a script."""
+    found = FONTS.get(script, ("", "latin"))
+    return found if isinstance(found, tuple) else (f"-{found}", found)
+
+
+def family(package: str, part: str) -> str:
+    return f"nanomblip{package} {part}"
+
+
+def fonts_for(text: str) -> list[str]:
+    """The families for a text: its own script's first, Latin letters and digits for the rest."""
+    counted = Counter(script for script in map(script_of, text) if script in FONTS)
+    scripts = [script for script, _ in counted.most_common()]
+    if "Hira" in scripts or "Kana" in scripts:  # Japanese has its own forms of Chinese characters
+        scripts = ["Kana"]
+    return [*(family(*parts_of(script)) for script in scripts), *(family("", part) for part in LATIN)]
+
+
+def install_fonts(folder: Path) -> None:
+    """Noto Sans for every script of the data: fetch the packages, unpack their files, tell matplotlib."""
+    if tuple(map(int, matplotlib.__version__.split(".")[:2])) < (3, 11):
+        raise ValueError(f"matplotlib {matplotlib.__version__} does not join letters; pip install 'matplotlib>=3.11'")
+    wanted = dict.fromkeys([*(("", part) for part in LATIN), *map(parts_of, FONTS)])
+    packages = dict.fromkeys(f"@fontsource/noto-sans{package}" for package, _ in wanted)
+    missing = [f"{name}@{FONT_VERSION}" for name in packages if not (folder / "node_modules" / name).exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text('{"private": true}\n')
+        subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--save-exact", *missing],
+                       cwd=folder, check=True, stdout=sys.stderr)  # fmt: skip
+    for package, part in wanted:
+        path = folder / f"{family(package, part)}.ttf"
+        if not path.exists():
+            files = folder / f"node_modules/@fontsource/noto-sans{package}/files"
+            font = TTFont(files / f"noto-sans{package}-{part}-400-normal.woff")
+            font.flavor = None  # not compressed
+            for record in font["name"].names:
+                if record.nameID in (1, 16):  # else all would have the same name, and matplotlib could not choose
+                    font["name"].setName(path.stem, record.nameID, record.platformID, record.platEncID, record.langID)
+            font.save(path)
+        font_manager.fontManager.addfont(path)
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def canvas(width: float, height: float):
+    """A white card of so many inches with axes in inches, origin at the upper left."""
+    fig = plt.figure(figsize=(width, height))
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.axis("off")
+    return fig, ax
+
+
+def write(ax, x, y, text, size=10, **look) -> None:
+    look = dict(ha="center", va="center", color="black") | look
+    ax.text(x, y, text.replace("$", r"\$"), fontsize=size, family=fonts_for(text), **look)
+
+
+def box(ax, x, y, width, height, colour, alpha=1.0) -> None:
+    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.07", facecolor=colour,
+                                alpha=alpha, edgecolor="none"))  # fmt: skip
+
+
+def arrow(ax, start, end) -> None:
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=GREY, shrinkA=0, shrinkB=0))
+
+
+def picture(ax, image, x, y, size) -> None:
+    """An image with its upper left corner at (x, y)."""
+    ax.imshow(image, extent=(x, x + size, y + size, y), interpolation="lanczos", zorder=2)
+    ax.autoscale(False)
+
+
+def draw_hero():
+    """From a picture to answers in six scripts: what each part hands to the next, what is frozen and what is trained."""
+    nano = lib.Nano()
+    image = load_image(ROOT / "data" / EXAMPLE)
+    best = find_example(nano)
+    count, cell, english = best[0]
+    if Path(EXAMPLE).stem != english.replace(" ", "_"):
+        raise ValueError(f"EXAMPLE is {EXAMPLE}, but {english} by {cell[1]} ({cell[0]}) has the most languages right: "
+                         "name it in EXAMPLE, in data/build_emoji.py and in README.md")  # fmt: skip
+    features = nano.model.image_features(image_to_tensor(image, nano.image)[None, None])
+    vectors = nano.model.image_tokens(features)  # (1, Q, D)
+    langs, p = list(nano.emoji.names), nano.where[cell]
+    answers = dict(zip(langs, nano.write(vectors.expand(len(langs), -1, -1), langs, decoding=DECODING["caption"])))
+    right = {lang: nano.right(p, lang, text) for lang, text in answers.items()}
+    (reading,) = nano.read(vectors)
+    trains_lora = read_json(ROOT / "weights/nano/aligned/record.json")["config"].get("lora", "none") != "none"
+
+    fig, ax = canvas(8, 5.1)
+    cfg, top = nano.model.cfg, 0.42
+    picture(ax, image, 0.2, top, 1.6)
+    patches = cfg.vit.image_size // cfg.vit.patch_size
+    for i in range(patches + 1):
+        at = 1.6 * i / patches
+        ax.plot([0.2 + at] * 2, [top, top + 1.6], color="0.55", lw=0.7, zorder=3)
+        ax.plot([0.2, 1.8], [top + at] * 2, color="0.55", lw=0.7, zorder=3)
+    write(ax, 1.0, 0.22, f"a drawing it never saw, {patches * patches} patches", 8.5)
+    N, Q = features.shape[2], vectors.shape[1]
+    for x, width, name, gives, colour in (
+        (2.2, 1.45, "ViT", f"{N} vectors", SKY),
+        (4.05, 1.75, "Q-Former", f"{Q} queries, {Q} vectors", ORANGE),
+        (6.2, 1.6, "projection", f"to width {vectors.shape[-1]}", ORANGE),
+    ):
+        arrow(ax, (x - 0.36, top + 0.8), (x - 0.04, top + 0.8))
+        box(ax, x, top + 0.3, width, 1.0, colour, 0.55)
+        write(ax, x + width / 2, top + 0.62, name, 13)
+        write(ax, x + width / 2, top + 0.97, gives, 9)
+    ax.plot([7.0, 7.0, 2.6, 2.6], [top + 1.34, 2.28, 2.28, 2.4], color=GREY, lw=1.2)
+    arrow(ax, (2.6, 2.3), (2.6, 2.52))
+
+    cells, left, y = 0.6, 0.2, 2.55
+    for i, (token, _) in enumerate(reading):
+        box(ax, left + cells * i + 0.02, y, cells - 0.04, 0.42, ORANGE, 0.55)
+        text = token.replace("▁", "")
+        write(ax, left + cells * (i + 0.5), y + 0.21, text or "_", 11 if len(text) < 6 else 66 / len(text))
+    prompt = left + cells * Q + 0.12
+    box(ax, prompt, y, 7.8 - prompt, 0.42, "0.88")
+    write(ax, (prompt + 7.8) / 2, y + 0.21, "Caption the image in Swahili.", 10)
+    write(ax, left, y + 0.58, f"its {Q} vectors, each read as the nearest token", 8.5, ha="left")
+    write(ax, 7.8, y + 0.58, "the prompt", 8.5, ha="right")
+    arrow(ax, (4.0, y + 0.5), (4.0, y + 0.78))
+    box(ax, 0.2, 3.36, 7.6, 0.42, SKY, 0.55)
+    lora = ", with trained LoRA" if trains_lora else ""
+    write(ax, 4.0, 3.57, f"multilingual language model (mT5){lora}", 12)
+    arrow(ax, (4.0, 3.8), (4.0, 4.02))
+    for i, lang in enumerate(SIX):
+        x, line = 0.2 + 2.56 * (i % 3), 4.17 + 0.34 * (i // 3)
+        mark, colour = ("right", GREEN) if right[lang] else ("wrong", RED)
+        write(ax, x, line, LANGUAGES[lang].name, 8, ha="left", color="0.35")
+        write(ax, x + 0.62, line, answers[lang], 11.5, ha="left")
+        if not right[lang]:
+            write(ax, x + 2.4, line, mark, 8, ha="right", color=colour)
+    for x, colour, text in ((0.2, SKY, "frozen"), (1.1, ORANGE, "trained")):
+        box(ax, x, 4.8, 0.16, 0.16, colour, 0.55)
+        write(ax, x + 0.22, 4.88, text, 9, ha="left")
+    write(ax, 7.8, 4.88, f"drawing: Twemoji, CC BY 4.0; right in {sum(right.values())} of {len(langs)} languages", 8,
+          ha="right", color="0.35")  # fmt: skip
+    shown = {lang: answers[lang] for lang in SIX}
+    ties = sum(row[0] == count for row in best)
+    return fig, dict(picture=EXAMPLE, artist=cell[1], english=english, in_sheet=count, equal=ties, animals=len(best),
+                     right=sum(right.values()), languages=len(langs), answers=shown,
+                     tokens=[token for token, _ in reading])  # fmt: skip
+
+
+def draw_contact_sheet():
+    """Eight things by ten artists; frames for the two artists that no model is trained on, dots for held-out pictures."""
+    emoji = load_emoji()
+    concept = {name: c for c, name in emoji.names["en"].items()}
+    where = {cell: p for p, cell in enumerate(emoji.cells)}
+    artists, size = (*TRAIN_ARTISTS, *TEST_ARTISTS), 0.68
+    fig, ax = canvas(8, 0.62 + 0.74 * len(THINGS) + 0.3)
+    for column, artist in enumerate(artists):
+        x = 0.86 + 0.71 * column
+        write(ax, x + size / 2, 0.42, artist.replace("-", "\n"), 7.5)
+        for row, thing in enumerate(THINGS):
+            y, at = 0.66 + 0.74 * row, where[concept[thing], artist]
+            picture(ax, emoji.pictures[at], x, y, size)
+            if picture_split(concept[thing], artist) == "test":
+                ax.plot(x + 0.05, y + 0.05, "o", color=RED, markersize=5, zorder=4, clip_on=False)
+            if column == 0:
+                write(ax, 0.78, y + size / 2, thing, 9, ha="right")
+    x = 0.86 + 0.71 * len(TRAIN_ARTISTS)
+    ax.add_patch(Rectangle((x - 0.02, 0.22), 0.71 * 2, 0.44 + 0.74 * len(THINGS), fill=False, edgecolor=BLUE, lw=1.6))
+    write(ax, x + 0.7, 0.11, "never trained on", 8, color=BLUE)
+    ax.plot(0.92, fig.get_figheight() - 0.12, "o", color=RED, markersize=5)
+    write(ax, 1.0, fig.get_figheight() - 0.12, "held-out picture of a training artist", 8, ha="left")
+    return fig, dict(artists=len(artists), things=len(THINGS))
+
+
+def draw_scripts():
+    """What people call the example in twelve scripts."""
+    emoji = load_emoji()
+    cell = next(c for c, name in emoji.names["en"].items() if name == Path(EXAMPLE).stem)
+    fig, ax = canvas(8, 2.6)
+    picture(ax, load_image(ROOT / "data" / EXAMPLE), 0.1, 0.4, 1.7)
+    for i, lang in enumerate(DOZEN):
+        x, y = 2.05 + 2.0 * (i % 3), 0.5 + 0.6 * (i // 3)
+        write(ax, x, y - 0.2, LANGUAGES[lang].name, 8, ha="left", color="0.35")
+        name = emoji.names[lang][cell]
+        write(ax, x, y + 0.07, name, 13 if len(name) < 16 else 200 / len(name), ha="left")
+    write(ax, 0.1, 2.45, "drawing: Twemoji, CC BY 4.0; names: Unicode CLDR", 7.5, ha="left", color="0.35")
+    return fig, dict(languages=len(DOZEN))
+
+
+def draw_ablations():
+    """Every row's difference to its reference with two standard errors, a point a seed."""
+    records = read_records(ROOT / "notebooks/records")
+    setting, rows = settings_of(records)[0], []
+    for suite in SUITES.values():
+        base, _ = ablation_tables.values_of(suite.rows[0], suite, setting, records)
+        for row in suite.rows[1:]:
+            values, _ = ablation_tables.values_of(row, suite, setting, records)
+            if len(base) > 1 and len(values) > 1:
+                middle = statistics.mean(base)
+                error = (statistics.variance(base) / len(base) + statistics.variance(values) / len(values)) ** 0.5
+                judged = ablation_tables.verdict(base, values, suite.expect, suite.smallest)
+                label = f"{row}  −  {suite.rows[0]}"
+                rows.append((label, suite.measure, [100 * (v - middle) for v in values], 200 * error, judged))
+    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
+    colours = {"agrees": BLUE, "disagrees": RED}
+    for y, (_, measure, values, error, judged) in enumerate(rows):
+        colour = colours.get(judged, GREY)
+        ax.plot(values, [y] * len(values), "o", color="0.75", markersize=4)
+        ax.errorbar(statistics.mean(values), y, xerr=error, fmt="D", color=colour, markersize=6, capsize=3)
+        ax.text(1.02, y, f"{judged} ({measure[2].replace('_', ' ')})", transform=ax.get_yaxis_transform(), va="center",
+                fontsize=8, color=colour)  # fmt: skip
+    ax.axvline(0, color="0.3", lw=0.8)
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel("difference in percentage points, ± 2 standard errors; grey: single seeds", fontsize=9)
+    return fig, dict(rows=len(rows), setting=setting)
+
+
+def draw_captions():
+    """Twelve held-out pictures, the first by their hash, each captioned in another language; right and wrong as they come."""
+    nano = lib.Nano()
+    emoji = nano.emoji
+    cells = sorted(emoji.cells_in("test"), key=lambda p: unit_hash("twelve", *emoji.cells[p]))[: len(LANGS)]
+    vectors = nano.vectors(cells)
+    answers = nano.write(vectors, list(LANGS), decoding=DECODING["caption"])
+    fig, ax = canvas(8, 5.5)
+    correct = 0
+    for i, (p, lang, answer) in enumerate(zip(cells, LANGS, answers)):
+        x, y = 0.15 + 1.97 * (i % 4), 0.12 + 1.78 * (i // 4)
+        good = nano.right(p, lang, answer)
+        correct += good
+        picture(ax, emoji.pictures[p], x + 0.4, y, 0.95)
+        middle, colour = x + 0.9, GREEN if good else RED
+        write(ax, middle, y + 1.06, f"{nano.english(p)}, in {LANGUAGES[lang].name}", 7.5, color="0.35")
+        shown = lib.as_shown(answer, lang)
+        write(ax, middle, y + 1.27, shown, 12 if len(shown) < 16 else 185 / len(shown))
+        said = "right" if good else f"wrong: {lib.meaning(answer, lang) or 'no name'}"
+        write(ax, middle, y + 1.48, said, 8, color=colour)
+    write(ax, 0.15, 5.38, "drawings: " + ", ".join(sorted({emoji.cells[p][1] for p in cells})) + " (data/NOTICE)", 7.5,
+          ha="left", color="0.35")  # fmt: skip
+    return fig, dict(right=correct, pictures=len(cells))
+
+
+if __name__ == "__main__":
+    run_main(main)
