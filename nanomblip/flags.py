@@ -20,9 +20,10 @@ from dataclasses import MISSING, field, fields
 from pathlib import Path
 
 
-def flag(default, help: str, choices: tuple | None = None, many: bool = False):
-    """A dataclass field with what the command line needs to know about it; `many` takes one or more values."""
-    return field(default=default, metadata={"help": help, "choices": choices, "many": many})
+def flag(default, help: str, choices: tuple | None = None, many: bool = False, group: str = ""):
+    """A dataclass field with what the command line needs to know about it; `many` takes one or more values, and with
+    `group` a heading of --help begins, which holds for the fields below too."""
+    return field(default=default, metadata={"help": help, "choices": choices, "many": many, "group": group})
 
 
 class _Switch(argparse.Action):
@@ -43,15 +44,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_flags(cls, argv: list[str], description: str):
     """Build the dataclass `cls` from command-line words; exits with status 2 and one line on anything wrong."""
-    parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = _Parser(description=description, allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]")
+    place = parser
     for f in fields(cls):
+        if f.metadata["group"]:
+            place = parser.add_argument_group(f.metadata["group"])
         kinds = [
             kind for kind in getattr(f.type, "__args__", (f.type,)) if kind is not type(None)
         ]  # of `int | None`: int
         kind = kinds[0] if isinstance(kinds[0], type) else type(f.default)
-        options = dict(default=f.default, help=f.metadata["help"])
+        told = "" if f.default in (None, "", (), False) else f" (default: {f.default})"
+        options = dict(default=f.default, help=(f.metadata["help"] + told).replace("%", "%%"))
         if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = _Switch
         else:
@@ -59,7 +62,7 @@ def parse_flags(cls, argv: list[str], description: str):
             options |= dict(metavar=f.name.upper()) if f.metadata["choices"] is None else {}
             options |= dict(nargs="+") if f.metadata["many"] else {}
         assert f.default is not MISSING, f"{f.name} needs a default"
-        parser.add_argument(f"--{f.name}", **options)
+        place.add_argument(f"--{f.name}", **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)

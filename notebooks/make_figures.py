@@ -41,7 +41,7 @@ EXAMPLE = "wolf.png"  # in data/; data/build_emoji.py draws it
 SIX = ("sw", "ru", "ar", "hi", "th", "ja")  # languages of the hero figure, in six scripts
 DOZEN = ("en", "el", "ru", "iw", "ar", "hi", "ta", "th", "km", "ka", "ko", "zh")
 LANGS = ("sw", "de", "ru", "ar", "hi", "bn", "th", "ja", "ko", "ka", "tr", "yo")  # of the twelve captions
-THINGS = ("cat", "penguin", "mushroom", "banana", "rocket", "bicycle", "umbrella", "guitar")
+THINGS = ("cat", "penguin", "mushroom", "hamburger", "rocket", "bicycle", "balloon", "guitar")
 PICTURES, WEIGHTS = ("data/SHA256SUMS",), ("weights/nano/*/model.safetensors", "weights/nano/aligned/record.json")
 READS = {  # figure -> the files it is made from
     "hero": (*PICTURES, *WEIGHTS),
@@ -221,7 +221,7 @@ def draw_hero():
         at = 1.6 * i / patches
         ax.plot([0.2 + at] * 2, [top, top + 1.6], color="0.55", lw=0.7, zorder=3)
         ax.plot([0.2, 1.8], [top + at] * 2, color="0.55", lw=0.7, zorder=3)
-    write(ax, 1.0, 0.22, f"a drawing it never saw, {patches * patches} patches", 8.5)
+    write(ax, 0.2, 0.22, f"a drawing it never saw, {patches * patches} patches", 8.5, ha="left")
     N, Q = features.shape[2], vectors.shape[1]
     for x, width, name, gives, colour in (
         (2.2, 1.45, "ViT", f"{N} vectors", SKY),
@@ -298,14 +298,14 @@ def draw_scripts():
     """What people call the example in twelve scripts."""
     emoji = load_emoji()
     cell = next(c for c, name in emoji.names["en"].items() if name == Path(EXAMPLE).stem)
-    fig, ax = canvas(8, 2.6)
+    fig, ax = canvas(8, 2.95)
     picture(ax, load_image(ROOT / "data" / EXAMPLE), 0.1, 0.4, 1.7)
     for i, lang in enumerate(DOZEN):
-        x, y = 2.05 + 2.0 * (i % 3), 0.5 + 0.6 * (i // 3)
+        x, y = 2.05 + 2.0 * (i % 3), 0.35 + 0.6 * (i // 3)
         write(ax, x, y - 0.2, LANGUAGES[lang].name, 8, ha="left", color="0.35")
         name = emoji.names[lang][cell]
         write(ax, x, y + 0.07, name, 13 if len(name) < 16 else 200 / len(name), ha="left")
-    write(ax, 0.1, 2.45, "drawing: Twemoji, CC BY 4.0; names: Unicode CLDR", 7.5, ha="left", color="0.35")
+    write(ax, 0.1, 2.82, "drawing: Twemoji, CC BY 4.0; names: Unicode CLDR", 7.5, ha="left", color="0.35")
     return fig, dict(languages=len(DOZEN))
 
 
@@ -329,9 +329,10 @@ def draw_ablations():
         colour = colours.get(judged, GREY)
         ax.plot(values, [y] * len(values), "o", color="0.75", markersize=4)
         ax.errorbar(statistics.mean(values), y, xerr=error, fmt="D", color=colour, markersize=6, capsize=3)
-        ax.text(1.02, y, f"{judged} ({measure[2].replace('_', ' ')})", transform=ax.get_yaxis_transform(), va="center",
+        ax.text(1.02, y, f"{judged}; {measure[2].replace('_', ' ')}, {measure[0]}s", transform=ax.get_yaxis_transform(), va="center",
                 fontsize=8, color=colour)  # fmt: skip
     ax.axvline(0, color="0.3", lw=0.8)
+    ax.text(1.02, -0.8, "nano and the paper; measure", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("difference in percentage points, ± 2 standard errors; grey: single seeds", fontsize=9)

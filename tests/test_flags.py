@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = flag(10, "steps")
+    steps: int = flag(10, "steps, 100 % of them", group="the recipe")
     lr: float = flag(0.1, "rate")
     fast: bool = flag(True, "speed")
     kind: str = flag("a", "which", ("a", "b"))
-    image: list = flag((), "files", many=True)
+    image: list = flag((), "files", many=True, group="output")
 
 
 def parse(text):
@@ -51,6 +51,16 @@ def test_help_shows_defaults_and_reasons(capsys):
         parse("--help")
     out = capsys.readouterr().out
     assert "rate (default: 0.1)" in out and "--no_fast" in out and "{a,b}" in out
+    recipe, output = out.split("the recipe:")[1].split("output:")
+    assert "100 % of them" in recipe and "--kind" in recipe and "--image" in output and "default: ()" not in output
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_is_grouped_and_says_one_thing_a_flag(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "400"})
+    assert done.returncode == 0 and all(f"\n{name}" in done.stdout for name in ("what to ", "the recipe", "the machine:", "output:"))
+    lines = [line.split("  ")[-1] for line in done.stdout.splitlines() if line.startswith("  ") and "--help" not in line]
+    assert all(20 > len(line) or len(line) < 260 for line in lines) and not [line for line in lines if "default: )" in line or "None" in line]
 
 
 def test_a_full_gpu_is_one_line_that_says_what_to_lower(monkeypatch, capsys):

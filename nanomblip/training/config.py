@@ -54,13 +54,13 @@ CLIP = 1.0  # the largest gradient norm, the paper's
 class Config:
     """Every field is a flag of the command line. None means "as the recipe says"; `resolve` fills these in."""
 
-    lang_mix: str = flag("all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi")
+    lang_mix: str = flag(
+        "all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi", group="what to train on"
+    )
     lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
     hold_out_langs: str = flag("", "languages to leave out of training, as a list; they are measured all the same")
     tasks: str | None = flag(None, "tasks and their shares, each with :weight: " + ", ".join(TASKS))
-    concepts: str = flag(
-        "core", "vocabulary: core = drawn by all training artists, all = every concept", ("core", "all")
-    )
+    concepts: str = flag("core", "core = the things that all training artists drew, all = every thing", ("core", "all"))
     data_share: float = flag(1.0, "share of the training pictures that is used")
     mixture: str = flag("", "train on JSON files in the released format instead: FILE or FILE:weight,FILE:weight")
     image_root: str = flag("", "with --mixture: the folder of its pictures")
@@ -70,8 +70,9 @@ class Config:
 
     init: str = flag(
         "blip2",
-        "starting weights: blip2 (ViT, Q-Former and queries of --vision, the language model of --llm, a fresh "
-        "projection: mBLIP's start), random (of size nano; everything is trained), or a folder in the official layout",
+        "starting weights: blip2 = the parts of --vision and --llm with a fresh projection, as in mBLIP; random = of "
+        "size nano, and everything is trained; or a folder in the official layout",
+        group="the two pretrained models",
     )
     vision: str = flag(
         "weights/nano/blip2",
@@ -81,45 +82,42 @@ class Config:
         "weights/nano/mt0",
         "with --init blip2: the language model: a folder, or mt0-small, -base, -large, -xl, -xxl, which are fetched",
     )
-    vision_dtype: str = flag("fp32", "type of the frozen ViT's weights", tuple(DTYPES))
-    int8: bool | None = flag(None, "hold the frozen language model in int8: about a byte a number instead of four")
 
     recipe: str = flag(
         "auto",
         "auto = nano's choices for nano, the paper's for the official sizes; paper = the paper's",
         ("auto", "paper"),
+        group="the recipe (flags without a default follow --recipe; the run prints what it took)",
     )
     warmup: str | None = flag(
         None,
-        "stage 1: projection (as in the paper: the fresh projection alone, by the language model's loss), names (the "
-        "picture's vectors learn to be the embedded English name; the language model does not run), or none",
+        "stage 1: projection = it alone learns, as in the paper; names = a picture's vectors learn to match the embedded "
+        "English name, and the language model does not run; none = skip it",
         ("projection", "names", "none"),
     )
     warmup_steps: int | None = flag(None, "steps of stage 1, of those in --steps")
     steps: int | None = flag(None, "optimizer steps of both stages together")
     warmup_lr: float | None = flag(None, "peak learning rate of stage 1")
     lr: float | None = flag(None, "peak learning rate of the projection in stage 2")
-    qformer_lr: float | None = flag(None, "the same for the Q-Former and the queries; 0 = frozen")
-    lora_lr: float | None = flag(None, "the same for LoRA")
+    qformer_lr: float | None = flag(None, "peak learning rate of the Q-Former and the queries in stage 2; 0 = frozen")
+    lora_lr: float | None = flag(None, "peak learning rate of LoRA in stage 2")
     lora: str | None = flag(
         None,
         "layers of the language model that get LoRA in stage 2: all (as in the paper), qv, or none",
         ("all", "qv", "none"),
     )
-    lora_r: int = flag(8, "LoRA's rank")
-    lora_alpha: float = flag(16.0, "LoRA's factor is alpha / r")
+    lora_r: int = flag(8, "LoRA's rank r")
+    lora_alpha: float = flag(16.0, "numerator of LoRA's factor, alpha / r")
     lora_dropout: float | None = flag(None, "share of LoRA's input that is dropped in training")
     lr_warmup: int | None = flag(
         None, "steps of linear warm-up of the learning rate in each stage, before the cosine decay to 0"
     )
-    beta2: float | None = flag(None, "AdamW's memory of squared gradients")
+    beta2: float | None = flag(None, "decay of AdamW's average of squared gradients")
     batch: int | None = flag(None, "examples in a micro-batch")
     accumulate: int | None = flag(None, "micro-batches in an optimizer step, of each process under torchrun")
-
     redraw: float | None = flag(
         None,
-        "how strongly the embedded pictures are redrawn (turned, scaled, shifted, tinted, blurred), 0 to 1; "
-        "0 = random crops",
+        "how strongly the embedded pictures are turned, scaled, shifted, tinted and blurred, 0 to 1; 0 = random crops",
     )
     crop: float | None = flag(None, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop")
     views: int | None = flag(
@@ -129,6 +127,10 @@ class Config:
         None,
         "with --views: Gaussian noise on what the ViT sees, up to this times its standard deviation over all pictures",
     )
+    seed: int = flag(0, "seed of everything random")
+
+    int8: bool | None = flag(None, "hold the frozen language model in int8, a byte a number", group="the machine")
+    vision_dtype: str = flag("fp32", "type of the frozen ViT's weights", tuple(DTYPES))
     bf16: str = flag(
         "auto", "matrix products in bf16 (autocast), weights in fp32: auto = where there are instructions for it",
         ("auto", "on", "off"),
@@ -136,16 +138,15 @@ class Config:
     checkpointing: bool | None = flag(
         None, "recompute the language model's activations in the backward pass: less memory, more time"
     )
-
-    seed: int = flag(0, "seed of everything random")
-    eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
-    eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
-    save_every: float = flag(120.0, "seconds between checkpoints")
-    workers: int = flag(0, "processes that prepare batches; cannot change the data")
+    workers: int = flag(0, "processes that prepare batches; they cannot change the data")
     device: str = flag("auto", "auto, cpu or cuda")
-    out: str = flag("out", "folder of all runs")
-    name: str = flag("", "name of this run; default: date, time and languages")
-    resume: str = flag("", "folder of a run to go on with; takes its config from there")
+
+    out: str = flag("out", "folder of all runs", group="output")
+    name: str = flag("", "name of this run; without it date, time and languages")
+    resume: str = flag("", "folder of a run to go on with; its config is taken from there")
+    save_every: float = flag(120.0, "seconds between checkpoints")
+    eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
+    eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
 
     def __post_init__(self):
         check_numbers(self)
