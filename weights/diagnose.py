@@ -1,6 +1,6 @@
 """Where a re-aligned nano loses what it does not get right: `python weights/diagnose.py --model out/RUN`.
 
-Two tables, which the README shows. Of held-out pictures and of two artists that were never trained on, in English:
+Two tables, which the model card (weights/README.md) shows. Of held-out pictures and of two artists that were never trained on, in English:
 
     vit        a linear probe on the ViT's vectors, side by side        what the frozen image encoder sees
     qformer    the same on the vectors of the Q-Former of --vision      what BLIP-2 had made of it

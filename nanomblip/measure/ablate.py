@@ -2,7 +2,7 @@
 
     python -m nanomblip.measure.ablate                run what is missing; may be stopped at any moment and called again
     python -m nanomblip.measure.ablate --missing      say what is missing, run nothing
-    python -m nanomblip.measure.ablate --table        rebuild the tables and the plot in README.md from the records
+    python -m nanomblip.measure.ablate --table        rebuild the tables in notebooks/records/README.md
 
 An experiment is a list of train.py's flags. Each (experiment, seed) is one run of train.py, then of
 nanomblip.measure.evaluate, as separate processes, one at a time; what remains of it is one small file,

@@ -119,11 +119,11 @@ class Config:
     limit: int = flag(20, "pictures a language in each measurement")
     extra: str = flag("", "more flags for every run of train.py, in one string")
     missing: bool = flag(False, "say what is missing and run nothing")
-    table: bool = flag(False, "rebuild the tables and the plot from the records and run nothing")
+    table: bool = flag(False, "rebuild the tables from the records and run nothing")
     setting: str = flag("", "with --table: which records, by their setting; default: the one with the most records")
     out: str = flag("out/ablations", "folder of the runs; each is deleted when its record is written")
     records: str = flag(str(HERE / "notebooks" / "records"), "folder of the record files")
-    readme: str = flag(str(HERE / "README.md"), "with --table: the file with the markers between which the tables go")
+    readme: str = flag(str(HERE / "notebooks/records/README.md"), "with --table: the file whose markers the tables go between")
 
     def __post_init__(self):
         for name, low in dict(seeds=1, steps=0, limit=1).items():

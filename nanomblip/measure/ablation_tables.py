@@ -1,7 +1,6 @@
-"""From the records of ablations to the tables and the plot of the README."""
+"""From the records of ablations to their tables (the figure is made by notebooks/make_figures.py)."""
 
 import math
-import os
 import statistics
 from pathlib import Path
 
@@ -87,48 +86,15 @@ def tables(cfg: Config, setting: str, records: list[dict]) -> str:
     return "\n".join([head, "", *(line for s in cfg.suites().values() for line in suite_table(s, setting, records))])
 
 
-def plot(cfg: Config, setting: str, records: list[dict], path: Path) -> bool:
-    """Every row's difference to its reference, a point a seed; False when there is nothing to show."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = []
-    for suite in cfg.suites().values():
-        base, _ = values_of(suite.rows[0], suite, setting, records)
-        for row in suite.rows[1:]:
-            values, _ = values_of(row, suite, setting, records)
-            if base and values:
-                label = f"{row} ({', '.join(suite.measure).replace('_', ' ')})"
-                rows.append((label, [100 * (v - statistics.mean(base)) for v in values]))
-    if not rows:
-        return False
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.3 * len(rows)))
-    for y, (_, values) in enumerate(rows):
-        axes.plot(values, [y] * len(values), "o", color="0.6", markersize=4)
-        axes.plot([statistics.mean(values)], [y], "D", color="C0", markersize=6)
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("difference to the reference in percentage points; grey: single seeds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    return True
-
-
 def write_tables(cfg: Config) -> int:
-    """Put the tables between the markers of --readme, and the plot beside the records."""
+    """Put the tables between the markers of --readme."""
     records, readme = read_records(Path(cfg.records)), Path(cfg.readme)
     text = readme.read_text(encoding="utf-8")
     start, end = text.find(BEGIN), text.find(END)
     if not 0 <= start < end or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"--readme {readme}: needs the lines {BEGIN} and {END}, once each, in this order")
     setting = cfg.setting or next(iter(settings_of(records)), "no record yet")
-    content, picture = tables(cfg, setting, records), Path(cfg.records) / "ablations.png"
-    if plot(cfg, setting, records, picture):
-        content += f"\n![Differences to the reference of each suite]({os.path.relpath(picture, readme.parent)})\n"
+    content = tables(cfg, setting, records)
     whole = f"{text[:start]}{BEGIN}\n{content}\n{text[end:]}"
     write_atomic(readme, lambda path: path.write_text(whole, encoding="utf-8"))
     print(content)

@@ -86,7 +86,6 @@ def test_the_numbers_of_the_table_follow_from_the_records(cfg, tmp_path, capsys)
     assert rows["qformer-frozen"] == f"| qformer-frozen | 1,000 | 10 | 3 | 11.0 ± {100 * statistics.stdev([0.10, 0.11, 0.12]):.1f} | -21.0 | agrees |"
     assert f"| 32.0 ± {sd:.1f} | - | reference |" in rows["baseline"] and "single seed" in rows["data-10"] and "one seed: open" in rows["data-10"]
     assert "+1.0 | not significant" in rows["data-1"] and "baseline+mask" in rows
-    assert (tmp_path / "records" / "ablations.png").stat().st_size > 5000 and "records/ablations.png" in text
     again = Path(cfg.readme).read_bytes()
     write_tables(cfg)
     assert Path(cfg.readme).read_bytes() == again, "twice the same"
@@ -151,8 +150,8 @@ def test_a_record_counts_for_all_experiments_with_its_flags_and_is_stale_when_a_
 def test_the_readmes_tables_follow_from_the_committed_records():
     """Those with the most records of one setting are shown."""
     records = read_records(ROOT / "notebooks" / "records")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].split("\n![")[0].strip()
+    text = (ROOT / "notebooks/records/README.md").read_text(encoding="utf-8")
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     assert shown == tables(Config(), settings_of(records)[0], records).strip()
 
 

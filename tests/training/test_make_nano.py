@@ -467,28 +467,3 @@ def test_the_loss_in_parts_is_cross_entropy(pieces):
     (3 * expected.mean()).backward()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_the_readmes_numbers_of_nano_are_those_of_the_records():
-    """The table of what nano reaches, cell by cell, from the records of the default run, the control, the languages held out and the language model."""
-    read = lambda path: json.loads((ROOT / "weights" / path).read_text())
-    default = read("nano/aligned/record.json")
-    percent = lambda value: f"{100 * value:.1f}"
-    of = lambda which, who="other", key="exact": percent(default["summary"][which][who][key])
-    ratio = lambda a, b: f"{a} / {b} = {float(a) / float(b):.2f}"
-    english, other = of("pictures", "english"), of("pictures")
-    cells = [f"{english} %", f"{of('openmoji', 'english')}, {of('streamline', 'english')} %", ratio(other, english),
-             f"{of('pictures', key='in_language')} % (English {of('pictures', 'english', 'in_language')} %)",
-             ratio(of("held-out pairs"), of("seen pairs")), f"{percent(read('nano/mt0/record.json')['exact_match'])} %"]  # fmt: skip
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("### What nano reaches")[1].split("Where it is lost")[0]
-    rows = [line.split("|")[3].strip() for line in table.splitlines() if line.startswith("| ")][1:]
-    held_out = read("records/held_out_languages.json")
-    eight = [percent(sum(record["results"]["pictures"][lang]["exact"] for lang in HELD_OUT_LANGS) / 8) for record in (held_out, default)]
-    assert set(held_out["config"]["hold_out_langs"].split(",")) == set(HELD_OUT_LANGS)
-    cells.append(ratio(*eight))
-    control = read("records/control.json")["summary"]["pictures"]
-    cells.append(f"{percent(control['other']['exact'])} %, English {percent(control['english']['exact'])} %: **no less**")
-    assert rows == cells
-    machine = {"vision", "hold_out_langs", "eval_every", "run", "out", "resume"}
-    assert all(record["config"][key] == value for record in (read("records/control.json"), held_out) for key, value in default["config"].items() if key not in machine)
-    assert control["other"]["exact"] > 0.9 * default["summary"]["pictures"]["other"]["exact"]  # what "no less" means
