@@ -1,4 +1,4 @@
-"""Caption pictures: `python sample.py --image data/cat.png --lang sw`.
+"""Caption pictures: `python sample.py --image data/wolf.png --lang sw`.
 
 `--model mblip-mt0-xl --image photo.jpg --question "What is the man holding?" --lang th` asks the official weights, and
 fetches them into weights/ first (hub.py). Answers go to stdout, or with --out as lines of JSON to a file, from which an

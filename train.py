@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
         print(f"\n{problems}", file=sys.stderr)
     show(results, examples, held_out)
     print(f"\n{run.seconds:.0f} s of training; everything is in {folder}; next:")
-    print(f"  {saver.command()} --image data/cat.png --lang sw")
+    print(f"  {saver.command()} --image data/wolf.png --lang sw")
     return 0
 
 

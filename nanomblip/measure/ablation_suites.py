@@ -123,7 +123,7 @@ class Config:
     setting: str = flag("", "with --table: which records, by their setting; default: the one with the most records")
     out: str = flag("out/ablations", "folder of the runs; each is deleted when its record is written")
     records: str = flag(str(HERE / "notebooks" / "records"), "folder of the record files")
-    readme: str = flag(str(HERE / "notebooks/records/README.md"), "with --table: the file whose markers the tables go between")
+    readme: str = flag(str(HERE / "notebooks/records/README.md"), "with --table: the file for the tables")
 
     def __post_init__(self):
         for name, low in dict(seeds=1, steps=0, limit=1).items():

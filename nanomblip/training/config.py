@@ -91,8 +91,8 @@ class Config:
     )
     warmup: str | None = flag(
         None,
-        "stage 1: projection = it alone learns, as in the paper; names = a picture's vectors learn to match the embedded "
-        "English name, and the language model does not run; none = skip it",
+        "stage 1: projection = it alone learns, as in the paper; names = a picture's vectors learn to match the "
+        "embedded English name, and the language model does not run; none = skip it",
         ("projection", "names", "none"),
     )
     warmup_steps: int | None = flag(None, "steps of stage 1, of those in --steps")

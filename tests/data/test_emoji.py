@@ -128,13 +128,13 @@ def test_cells_are_aligned(core, everything):
         assert np.array_equal(core.pictures[p], everything.pictures[where[cell]])
 
 
-def test_example_cat_is_held_out(core):
-    assert picture_split("1f408", "noto") == "test"
-    cat = Image.open(ROOT / "cat.png")
-    assert (cat.size, cat.mode) == ((256, 256), "RGB")
-    small = np.asarray(cat.resize((64, 64), Image.Resampling.BOX)).astype(int)
-    picture = core.pictures[core.cells.index(("1f408", "noto"))]
-    assert np.abs(small - picture).mean() < 6
+@pytest.mark.parametrize("name,cell", {"cat": ("1f408", "noto"), "wolf": ("1f43a", "twemoji")}.items())
+def test_examples_are_held_out(core, name, cell):
+    assert picture_split(*cell) == "test" and core.names["en"][cell[0]] == name
+    example = Image.open(ROOT / f"{name}.png")
+    assert (example.size, example.mode) == ((256, 256), "RGB")
+    small = np.asarray(example.resize((64, 64), Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - core.pictures[core.cells.index(cell)]).mean() < 6
 
 
 # ---- splits
@@ -234,4 +234,4 @@ def test_wrong_arguments():
 def test_sums_match():
     for name, digest in read_sums(ROOT).items():
         assert hashlib.sha256((ROOT / name).read_bytes()).hexdigest() == digest, name
-    assert len(read_sums(ROOT)) == 17
+    assert len(read_sums(ROOT)) == 18

@@ -1,0 +1,275 @@
+"""The documents: their numbers are those of the records, their commands run, their links lead somewhere, and their
+figures show the weights, data and records of today."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanomblip.data.emoji import HELD_OUT_LANGS
+from nanomblip.measure import ablation_tables
+from nanomblip.measure.ablation_suites import SUITES, read_records, settings_of
+from nanomblip.training.config import WARMUP_SHARE
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+import make_figures  # noqa: E402
+
+WORDS = 1500  # of README.md
+DOCUMENTS = sorted(
+    p
+    for folder in (".", "data", "notebooks", "notebooks/records", "tests", "weights")
+    for p in (ROOT / folder).glob("*.md")
+)
+MARKS = ("(hub)", "(GPU)", "(hours)", "(minutes)")  # commands that no everyday test runs as they stand
+RUN_BY = {  # what a command begins with -> the file that runs it, with smaller numbers, and how it does
+    "pip install -r requirements.txt": (".ci/run", "pip install -q -r requirements.txt"),
+    "python train.py --lang_mix all": (".ci/run", "python train.py --lang_mix all"),
+    "python train.py": ("tests/training/test_train.py", "train.main"),
+    "python sample.py": ("tests/test_sample.py", "sample.main"),
+    "python -m pytest": (".ci/run", "python -m pytest"),
+    "python weights/diagnose.py": ("tests/test_diagnose.py", "diagnose.main"),
+    "python weights/make_nano.py": ("tests/training/test_make_nano.py", "make_nano.main"),
+    "python -m nanomblip.measure.ablate": ("tests/measure/test_ablate.py", "ablate.main"),
+    "python -m nanomblip.measure.evaluate": ("tests/measure/test_evaluate.py", "main("),
+    "python -m nanomblip.data.translate": ("tests/data/test_translate.py", "main("),
+    "python -m nanomblip.data.builders": ("tests/data/test_builders.py", "main("),
+    "python -m nanomblip.weights.convert": ("tests/weights/test_convert.py", "main("),
+    "python tests/stress.py": ("tests/test_stress.py", "main("),
+    "python notebooks/build.py": ("tests/test_notebooks.py", "build."),
+    "torchrun": ("tests/training/test_distributed.py", "torchrun"),
+}  # fmt: skip
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def read(name: str):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else text
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+# ---- numbers
+
+
+def test_the_readmes_first_screen_and_its_length():
+    readme = read("README.md")
+    assert len(readme.split()) <= WORDS
+    first = "\n".join(readme.splitlines()[:25])
+    assert "(notebooks/figures/hero.png)" in first and "What to expect" in first and "--image data/" in first
+
+
+def test_the_readmes_numbers_are_those_of_the_code_and_the_records():
+    readme, record = read("README.md"), read("weights/nano/aligned/record.json")
+    lines = sum(
+        len(read(f"nanomblip/model/{name}.py").splitlines()) for name in ("attention", "vit", "qformer", "mt5", "mblip")
+    )
+    exact = lambda split, who: 100 * record["summary"][split][who]["exact"]
+    assert record["threads"] == 1
+    for words in (
+        f"The model is {lines} lines in five files",
+        f"in {record['seconds'] / 60:.0f} minutes on one CPU thread",
+        f"names {exact('pictures', 'english'):.1f} % exactly right in English and {exact('pictures', 'other'):.1f} % in the other 84",
+        f"{exact('openmoji', 'english'):.1f} and {exact('streamline', 'english'):.1f} % in English",
+        f"first {WARMUP_SHARE['names']:.0%} of the steps".replace("%", " %"),
+        f"{record['parameters'] / 1e6:.1f} M parameters",
+    ):
+        assert words in readme, words
+    assert ("imitate" in record["config"]) == ("earlier recipe, which trained both" in readme), (
+        "whether the shipped weights are of today's recipe"
+    )
+
+
+def test_the_example_is_what_the_figures_script_found():
+    readme, hero = read("README.md"), read("notebooks/figures/figures.json")["hero"]
+    command, shown = re.findall(r"```(?:bash)?\n(.*?)```", readme, re.S)[:2]
+    assert (
+        f"sample.py --image data/{hero['picture']} --lang sw --lens" in command
+        and shown.splitlines()[-1] == hero["answers"]["sw"]
+    )
+    assert re.findall(r"(\S+) \d\.\d\d", shown) == hero["tokens"]
+    assert f"{hero['right']} of {hero['languages']}" in readme
+
+
+def test_the_model_cards_numbers_are_those_of_the_records():
+    card = read("weights/README.md")
+    default, control, held_out = (
+        read(f"weights/{name}.json")
+        for name in ("nano/aligned/record", "records/control", "records/held_out_languages")
+    )
+    of = lambda record, split, key="exact": [
+        percent(record["summary"][split][who][key]) for who in ("english", "other")
+    ]
+    eight = [
+        percent(sum(record["results"]["pictures"][lang]["exact"] for lang in HELD_OUT_LANGS) / 8)
+        for record in (held_out, default)
+    ]
+    wanted = [*(of(default, split) for split in ("pictures", "openmoji", "streamline")), ["", percent(default["summary"]["held-out pairs"]["other"]["exact"])],
+              of(default, "pictures", "in_language"), ["", f"{eight[0]} (with them {eight[1]})"], of(control, "pictures")]  # fmt: skip
+    table = card.split("## How good it is")[1].split("Run-to-run")[0]
+    rows = [[cell.strip() for cell in line.split("|")[2:4]] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == wanted, "the first is the header"
+    for name, key in (("aligned", "trained_parameters"), ("aligned", "parameters")):
+        assert f"{read(f'weights/nano/{name}/record.json')[key]:,}" in card
+    for name in ("blip2", "mt0"):
+        assert f"| {percent(read(f'weights/nano/{name}/record.json')['exact_match'])} of" in card
+    assert set(held_out["config"]["hold_out_langs"].split(",")) == set(HELD_OUT_LANGS)
+    machine = {"vision", "hold_out_langs", "eval_every", "run", "name", "out", "resume"}
+    assert all(
+        record["config"][key] == value
+        for record in (control, held_out)
+        for key, value in default["config"].items()
+        if key not in machine
+    )
+
+
+def test_the_readmes_ablations_are_those_of_the_records():
+    records = read_records(ROOT / "notebooks/records")
+    setting = settings_of(records)[0]
+    rows = re.findall(r"^\| .+ \| `([\w-]+)` \| ([-+\d.]+) \| (.+) \|$", read("README.md"), re.M)
+    assert len(rows) == 5
+    for row, difference, judged in rows:
+        suite = next(suite for suite in SUITES.values() if row in suite.rows[1:])
+        base, values = (ablation_tables.values_of(name, suite, setting, records)[0] for name in (suite.rows[0], row))
+        assert f"{100 * (sum(values) / len(values) - sum(base) / len(base)):+.1f}" == difference, row
+        assert ablation_tables.verdict(base, values, suite.expect, suite.smallest) == judged, row
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("name", make_figures.READS)
+def test_figures_are_of_todays_weights_data_and_records(name):
+    assert read("notebooks/figures/figures.json")[name]["read"] == make_figures.digest(name), (
+        "run: python notebooks/make_figures.py"
+    )
+    with Image.open(ROOT / f"notebooks/figures/{name}.png") as image:
+        assert image.width == 8 * make_figures.DPI
+
+
+def test_every_script_of_the_data_has_a_font():
+    names = make_figures.lib.load_names()
+    scripts = {make_figures.script_of(c) for of_lang in names.values() for name in of_lang.values() for c in name}
+    assert scripts - {None, "Latn", "Zyyy"} <= set(make_figures.FONTS)
+
+
+# ---- links
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a Markdown file's headings, made as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = [re.sub(r"\[(.+?)\]\(.+?\)", r"\1", line) for line in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_links_lead_somewhere_and_pictures_have_a_text(path):
+    text = re.sub(r"```.*?```|`[^`\n]+`(?!\])", "", path.read_text(encoding="utf-8"), flags=re.S)
+    assert not re.findall(r"!\[\s*\]\(", text), "a picture without a text for those who cannot see it"
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:", link):
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists() and target.is_relative_to(ROOT), f"{link} leads nowhere"
+            assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+# ---- commands
+
+
+def commands(path: Path) -> list[tuple[str, str]]:
+    """Every line of the blocks of bash: (command, comment); `a && b` are two."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+        for line in filter(None, map(str.strip, block.splitlines())):
+            command, _, comment = line.partition(" #")
+            found += [(re.sub(r"^(\w+=\S+ )+", "", part.strip()), comment) for part in command.split("&&")]
+    return [(command, comment) for command, comment in found if not command.startswith(("export ", "#"))]
+
+
+@cache
+def script_of(command: str) -> Path | None:
+    words = command.split()
+    if words[0] not in ("python", "torchrun") or words[1:3] == ["-m", "pytest"]:
+        return None
+    file = (
+        words[2].replace(".", "/") + ".py" if words[1] == "-m" else next(word for word in words if word.endswith(".py"))
+    )
+    return ROOT / file
+
+
+@cache
+def help_of(script: Path) -> str:
+    """What `--help` prints, without another process."""
+    spec = importlib.util.spec_from_file_location(f"documented_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    sys.path.insert(0, str(script.parent))
+    out = io.StringIO()
+    try:
+        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+            module.main(["--help"])
+    finally:
+        sys.path.remove(str(script.parent))
+    return out.getvalue()
+
+
+ALL = [(path, *pair) for path in DOCUMENTS if path.name != "LOG.md" for pair in commands(path)]  # the log is of its day
+each_command = pytest.mark.parametrize(
+    "path,command,comment", ALL, ids=[f"{p.relative_to(ROOT)}: {c}" for p, c, _ in ALL]
+)
+
+
+@each_command
+def test_every_command_is_run_by_a_test_or_marked(path, command, comment):
+    if not any(mark in comment for mark in MARKS):
+        runs = [where for begin, where in RUN_BY.items() if command.startswith(begin)]
+        assert runs, f"mark it with one of {MARKS}, or name the test that runs it"
+        assert runs[0][1] in read(runs[0][0])
+
+
+@each_command
+def test_scripts_and_flags_of_commands_exist(path, command, comment):
+    script = script_of(command)
+    if script is None:
+        return
+    assert script.exists()
+    words = command[command.index(script.name) :] if script.name in command else command
+    flags = set(re.findall(r"(--\w+)", words))
+    if flags and "def main(argv" in script.read_text(encoding="utf-8"):
+        told = (
+            help_of(script)
+            if script.name != "builders.py"
+            else script.read_text(encoding="utf-8").replace("    ", " --")
+        )
+        missing = {flag for flag in flags if not re.search(rf"{flag}\b", told)}
+        assert not missing, f"{script.name} has no {missing}"
+
+
+HERE = [(c, m) for p, c, m in ALL if c.startswith("python sample.py --image data/") and p.parent == ROOT]
+
+
+@pytest.mark.parametrize("command,comment", HERE, ids=[c for c, _ in HERE])
+def test_captions_of_the_readme_are_written(command, comment, capsys, monkeypatch):
+    import sample
+
+    monkeypatch.chdir(ROOT)
+    assert sample.main([*shlex.split(command)[2:], "--model", "nano"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    if "--lens" in command:
+        shown = re.findall(r"```(?:bash)?\n(.*?)```", read("README.md"), re.S)[1].splitlines()
+        assert out.strip() == shown[-1] and shown[0].split() == err.splitlines()[-1].split()
