@@ -15,9 +15,8 @@ Import it before torch, as train.py and sample.py do: torch reads two settings o
 
 import os
 
-# A thread that waits for another spins a little, then sleeps. By default it spins for long, and where anything else runs
-# on the machine, it does so in the place of the thread that it waits for: two threads then write a tenth of what
-# they write alone. With 3,000 turns they lose little alone, and half beside another process (tests/bench_nano.py).
+# A waiting thread spins for a moment and then sleeps. By default it spins for long, and on a busy machine it takes the
+# processor from the very thread that it waits for. tests/bench_nano.py compares the two.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # oneDNN compiles a kernel for every shape and keeps 1,024 of them: with batches of ever new lengths, gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

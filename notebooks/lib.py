@@ -42,7 +42,7 @@ ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = "#E69F00", "#56B4E9", "#009E73", "#0
 PARTS = {"ViT": SKY, "Q-Former": ORANGE, "queries": PINK, "projection": RED, "language model": BLUE, "LoRA": GREEN}
 
 
-# ---- the first cell ----------------------------------------------------------------------------------------------------
+# ---- the first cell -------------------------------------------------------------------------------------------------
 
 
 def begin() -> None:
@@ -81,7 +81,7 @@ def has(*packages: str) -> bool:
     return not absent
 
 
-# ---- figures and tables ------------------------------------------------------------------------------------------------
+# ---- figures and tables ---------------------------------------------------------------------------------------------
 
 
 def show(fig, alt: str) -> None:
@@ -141,8 +141,8 @@ def lens_figure(images, readings, titles, heading="") -> plt.Figure:
     images: uint8 (B, H, W, 3), or None for rows without pictures; readings: as `Nano.read` returns them.
     """
     B, Q = len(readings), len(readings[0])
-    fig, axes = plt.subplots(B, 2, figsize=(1.6 + 0.62 * Q, 0.62 * B), squeeze=False,
-                             gridspec_kw=dict(width_ratios=[0.1 if images is None else 1, Q], wspace=0.02, hspace=0.08))  # fmt: skip
+    grid = dict(width_ratios=[0.1 if images is None else 1, Q], wspace=0.02, hspace=0.08)
+    fig, axes = plt.subplots(B, 2, figsize=(1.6 + 0.62 * Q, 0.62 * B), squeeze=False, gridspec_kw=grid)
     for i, ((left, right), pairs, title) in enumerate(zip(axes, readings, titles)):
         left.axis("off")
         if images is not None:
@@ -176,7 +176,7 @@ def printable(token: str) -> str:
     return f"({other[0]})" if other else token.replace("▁", "_").replace("$", r"\$")
 
 
-# ---- nano --------------------------------------------------------------------------------------------------------------
+# ---- nano -----------------------------------------------------------------------------------------------------------
 
 
 class Nano:
@@ -273,7 +273,7 @@ def meanings(lang: str) -> dict[str, str]:
     return {normal(name): names["en"].get(emoji, emoji) for emoji, name in names.get(lang, {}).items()}
 
 
-# ---- exercises and claims ----------------------------------------------------------------------------------------------
+# ---- exercises and claims -------------------------------------------------------------------------------------------
 
 
 def check(what: str, given, wanted, tolerance: float = 1e-6) -> None:

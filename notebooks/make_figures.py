@@ -1,7 +1,8 @@
 """Make the figures of the documents from the shipped weights, data and records: python notebooks/make_figures.py
 
 Writes notebooks/figures/*.png, and figures.json beside them: what each figure was made from (a hash of the files that
-it reads) and what it found, from which the documents take their numbers. `--example` only looks for the example picture.
+it reads) and what it found, from which the documents take their numbers. `--example` only looks for the example
+picture.
 
 Every script is drawn by its own font of the Noto Sans family, which the `npm` client installs into out/fonts, once.
 Matplotlib 3.11 or newer is needed: it joins letters as Arabic, Devanagari or Khmer want them.
@@ -117,7 +118,7 @@ def find_example(nano: lib.Nano) -> list[tuple[int, tuple[str, str], str]]:
     return sorted(found, key=lambda row: (-row[0], order[row[1][0]]))
 
 
-# ---- fonts -------------------------------------------------------------------------------------------------------------
+# ---- fonts ----------------------------------------------------------------------------------------------------------
 
 
 def parts_of(script: str) -> tuple[str, str]:
@@ -164,7 +165,7 @@ def install_fonts(folder: Path) -> None:
         font_manager.fontManager.addfont(path)
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------------------
+# ---- drawing --------------------------------------------------------------------------------------------------------
 
 
 def canvas(width: float, height: float):
@@ -197,7 +198,7 @@ def picture(ax, image, x, y, size) -> None:
 
 
 def draw_hero():
-    """From a picture to answers in six scripts: what each part hands to the next, what is frozen and what is trained."""
+    """From a picture to answers in six scripts: what each part hands to the next, what is frozen, what is trained."""
     nano = lib.Nano()
     image = load_image(ROOT / "data" / EXAMPLE)
     best = find_example(nano)
@@ -270,7 +271,7 @@ def draw_hero():
 
 
 def draw_contact_sheet():
-    """Eight things by ten artists; frames for the two artists that no model is trained on, dots for held-out pictures."""
+    """Eight things by ten artists: frames for the two artists no model is trained on, dots for held-out pictures."""
     emoji = load_emoji()
     concept = {name: c for c, name in emoji.names["en"].items()}
     where = {cell: p for p, cell in enumerate(emoji.cells)}
@@ -329,8 +330,8 @@ def draw_ablations():
         colour = colours.get(judged, GREY)
         ax.plot(values, [y] * len(values), "o", color="0.75", markersize=4)
         ax.errorbar(statistics.mean(values), y, xerr=error, fmt="D", color=colour, markersize=6, capsize=3)
-        ax.text(1.02, y, f"{judged}; {measure[2].replace('_', ' ')}, {measure[0]}s", transform=ax.get_yaxis_transform(), va="center",
-                fontsize=8, color=colour)  # fmt: skip
+        words = f"{judged}; {measure[2].replace('_', ' ')}, {measure[0]}s"
+        ax.text(1.02, y, words, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=colour)
     ax.axvline(0, color="0.3", lw=0.8)
     ax.text(1.02, -0.8, "nano and the paper; measure", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
@@ -340,7 +341,7 @@ def draw_ablations():
 
 
 def draw_captions():
-    """Twelve held-out pictures, the first by their hash, each captioned in another language; right and wrong as they come."""
+    """Twelve held-out pictures, the first by hash, each captioned in another language, right or wrong as they come."""
     nano = lib.Nano()
     emoji = nano.emoji
     cells = sorted(emoji.cells_in("test"), key=lambda p: unit_hash("twelve", *emoji.cells[p]))[: len(LANGS)]
