@@ -14,6 +14,9 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
+from nanomblip.data import filters
+from nanomblip.data.emoji import load_names
+from nanomblip.data.language_id import LanguageID
 from nanomblip.model.mblip import MBLIP, MBLIPConfig
 from nanomblip.model.mt5 import MT5Config
 from nanomblip.model.nllb import NLLB, NLLBConfig
@@ -134,3 +137,12 @@ def nllb_folder(nllb_tokens, tmp_path_factory):
         encoder_ffn_dim=c.mlp, decoder_ffn_dim=c.decoder_mlp, encoder_layers=c.layers, decoder_layers=c.decoder_layers)))  # fmt: skip
     (folder / "sentencepiece.bpe.model").write_bytes(nllb_tokens.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="module")
+def three_languages():
+    """A judge of three languages instead of 95, which takes no time to make."""
+    small = LanguageID({lang: load_names()[lang] for lang in ("en", "de", "sw")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filters, "sentence_id", lambda: small)
+        yield

@@ -146,14 +146,12 @@ class Block:
 
     def begin(self, rows, numbers: range, name: str) -> list[Unit]:
         """The units that are to be translated; the others are kept or left out."""
-        units = []
+        units, first = [], next(iter(self.plan.mix))
         for number in numbers:
             n, lang = self.plan[number]
             row = rows.row(n)
             task, source, texts = texts_of(row, f"{name}: example {n:,}")
-            is_first = not self.plan.every or lang == next(
-                iter(self.plan.mix)
-            )  # said and kept once, not once a language
+            is_first = not self.plan.every or lang == first  # said and kept once, not once a language
             if source != "en" or task in KEPT:
                 if is_first:
                     self.keep(number, row, source)

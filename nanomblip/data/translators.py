@@ -91,9 +91,9 @@ def split_text(text: str, count, longest: int) -> tuple[list[str], int]:
     """
     parts, cut = [], 0
     for i, part in enumerate(split_sentences(text)):
-        pieces = [part] if i % 2 else cut_long(part, count, longest)
-        parts += pieces
-        cut += len(pieces) > 1
+        shorter = [part] if i % 2 else cut_long(part, count, longest)
+        parts += shorter
+        cut += len(shorter) > 1
     return parts, cut
 
 

@@ -103,12 +103,8 @@ def evaluate(model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language
     for which, items in asked.items():
         if not items:
             continue
-        answers = share_out(
-            items,
-            lambda part: answer(
-                model, tokenizer, image, emoji, part, progress=progress, masks=masks, decoding=decoding
-            ),
-        )
+        answers = share_out(items, lambda part: answer(model, tokenizer, image, emoji, part, progress=progress,
+                                                       masks=masks, decoding=decoding))  # fmt: skip
         results[which] = score(emoji, items, answers, language_id)
         if which == measurements[0]:
             examples = pick_examples(emoji, items, answers)

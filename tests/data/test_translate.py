@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomblip.data import filters, json_index, translate
+from nanomblip.data import json_index, translate
 from nanomblip.data.builders import fill
-from nanomblip.data.emoji import load_names
 from nanomblip.data.json_mixture import JsonMixture
-from nanomblip.data.language_id import LanguageID
 from nanomblip.data.translators import NLLBTranslator
 
 WORDS = "quick brown fox lazy dog river bank man horse beach two children red ball picture 15 cats sleeping".split()
+
+pytestmark = pytest.mark.usefixtures("three_languages")
 
 
 def examples(count, seed=0, texts=True):
@@ -29,15 +29,6 @@ def examples(count, seed=0, texts=True):
         context, label = fill(rng, task, "en", of)
         rows.append(dict(context=context, label=label, image_id=f"{i}.jpg", **(dict(task=task, lang="en", texts=of) if texts else {})))
     return rows
-
-
-@pytest.fixture(autouse=True, scope="module")
-def identifier():
-    """A judge of three languages instead of 95, which takes no time to make."""
-    small = LanguageID({lang: load_names()[lang] for lang in ("en", "de", "sw")})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filters, "sentence_id", lambda: small)
-        yield
 
 
 @pytest.fixture

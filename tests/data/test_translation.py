@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from nanomblip.data import filters, prompts
+from nanomblip.data import prompts
 from nanomblip.data.builders import fill
-from nanomblip.data.emoji import load_names
-from nanomblip.data.language_id import LanguageID
 from nanomblip.data.languages import LANGUAGES, parse_lang_mix
 from nanomblip.data.translation import FIELDS, KEPT, Block, Names, Plan, texts_of
 from nanomblip.model.generate import Hypothesis
@@ -18,14 +16,7 @@ SWAHILI = {"A cat on a sofa.": "Paka kwenye sofa.", "What color is the bus?": "B
            "Two dogs and 12 balls": "Mbwa wawili na mipira 12", "Yes, it is.": "Ndiyo, ndivyo."}  # fmt: skip
 MADE = {"sw": SWAHILI, "de": {"A cat on a sofa.": "Eine Katze auf einem Sofa.", "A dog": "Ein Hund"}}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def identifier():
-    """A judge of three languages instead of 95, which takes no time to make."""
-    small = LanguageID({lang: load_names()[lang] for lang in ("en", "de", "sw")})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filters, "sentence_id", lambda: small)
-        yield
+pytestmark = pytest.mark.usefixtures("three_languages")
 
 
 class Dictionary:
