@@ -53,6 +53,7 @@ from nanomblip.training.optimizers import Muon  # noqa: E402
 from nanomblip.training.state import Interrupt, Log, State, remove_leftovers  # noqa: E402
 from nanomblip.training.warmup import name_places, name_scores, names_loss  # noqa: E402
 from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
+from nanomblip.weights.adapter import load_adapter  # noqa: E402
 from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402
 from nanomblip.weights.save import save_mblip, save_mt5, save_trained  # noqa: E402
 
@@ -662,10 +663,14 @@ class HeadLoss(torch.autograd.Function):
 def keep_trained(run: Path, out: Path) -> None:
     """Write the trained parts of a run that started from weights/nano/{blip2,mt0} to out/aligned, on top of these two."""
     model, record = load_mblip(run), read_json(run / "record.json")
-    started = dict(load_mblip(out / "blip2").vit.named_parameters(prefix="vit")) | dict(load_mt5(out / "mt0").named_parameters(prefix="mt5"))
-    trained = [name for name, p in model.named_parameters() if name not in started or not torch.equal(p, started[name])]
+    started = dict(load_mblip(out / "blip2").vit.named_parameters(prefix="vit"))
+    trained = [name for name, p in model.named_parameters() if not name.startswith("mt5.") and not (name in started and torch.equal(p, started[name]))]
+    model.mt5 = load_mt5(out / "mt0")  # the run's has its LoRA merged
+    adapter = "adapter" if (run / "adapter").exists() else ""
+    if adapter:
+        load_adapter(model.mt5, run / "adapter")
     config = read_json(run / "config.json")
-    save_trained(model, out / "aligned", trained, "../blip2", "../mt0", config["image_token_index"], config["languages"])
+    save_trained(model, out / "aligned", trained, "../blip2", "../mt0", config["image_token_index"], config["languages"], adapter=adapter)
     for name in ("preprocessor_config.json", "spiece.model"):
         shutil.copyfile(run / name, out / "aligned" / name)
     write_json(out / "aligned" / "record.json", record)

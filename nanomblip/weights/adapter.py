@@ -11,8 +11,7 @@ from nanomblip.model.lora import LoRALinear, check_lora, lora_layers
 from nanomblip.model.mt5 import MT5
 from nanomblip.weights.files import digest, open_safetensors, read_json, save_tensors, write_json
 from nanomblip.weights.layout import MT5_KEYS, WeightsError, _expand, is_empty, shown
-from nanomblip.weights.save import held_tensors
-from nanomblip.weights.tensors import blocks_of, read_tensor
+from nanomblip.weights.tensors import blocks_of, held_tensors, read_tensor
 
 # Keys of an adapter_config.json that are read, with what they are by default, and keys that change nothing once an
 # adapter is trained. Any other must be empty: what nobody here knows could make another function of the same tensors.
@@ -137,6 +136,13 @@ def save_adapter(mt5: MT5, folder: Path, prefix: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt", "base_sha256": base})
     write_json(folder / "adapter_config.json", config)
+
+
+def lora_tensors(mt5: MT5) -> dict[str, torch.Tensor]:
+    """Path of A or B -> its values, of every LoRA layer."""
+    return {
+        f"{path}.{side}": getattr(layer, side).detach() for path, layer in lora_layers(mt5).items() for side in "AB"
+    }
 
 
 def load_adapter(mt5: MT5, folder: Path | str) -> None:

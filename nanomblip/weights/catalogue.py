@@ -1,6 +1,6 @@
 """The official models on the hub: where each is, and which of its files are needed."""
 
-from nanomblip.weights.load import SINGLE
+from nanomblip.weights.files import SINGLE
 
 # Name -> repository and revision. A branch can move, so the commit that it meant is kept in the record of the folder;
 # see weights/OFFICIAL.md.

@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 
 from nanomblip.flags import run_main
-from nanomblip.weights.files import BLOCK, SAFETENSORS_NAMES, is_plain_name, open_safetensors, read_json
+from nanomblip.weights.files import BLOCK, INDEX, SAFETENSORS_NAMES, SINGLE, is_plain_name, open_safetensors, read_json
 from nanomblip.weights.layout import WeightsError
-from nanomblip.weights.load import INDEX, SINGLE
 from nanomblip.weights.records import RECORD, read_record, write_record
 from nanomblip.weights.save import SHARD, write_shards, write_tensors
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanomblip.weights.layout import WeightsError
+from nanomblip.weights.layout import WeightsError, shown
 
 try:
     import fcntl
@@ -28,6 +28,7 @@ SAFETENSORS_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BLOCK = 1 << 20  # numbers that are read and converted at a time
 
 
@@ -180,3 +181,52 @@ class RunLock:
         if self.file in self.held:
             self.held.discard(self.file)
             os.close(self.file)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Key -> name of its shard, from an index; raises WeightsError for a name that leads out of the folder."""
+    found = read_json(index)
+    found = found.get("weight_map") if isinstance(found, dict) else None
+    if not (isinstance(found, dict) and found and all(isinstance(v, str) for v in found.values())):
+        raise WeightsError(f"{index}: no weight_map of key -> file name")
+    bad = [name for name in found.values() if not is_plain_name(name) or not name.endswith(".safetensors")]
+    if bad:  # a hostile index could point anywhere
+        raise WeightsError(f"{index}: {bad[0]!r} is not the plain name of a safetensors file in this folder")
+    return found
+
+
+def find_tensors(folder: Path, skip: str | None = None) -> dict[str, Path]:
+    """Official key -> the safetensors file of `folder` that holds it: one `model.safetensors`, or shards and an index.
+
+    Where both are there, the single file counts, as in transformers. Keys that start with `skip` are left out; a shard
+    that holds no others is not opened and may be absent.
+    """
+    folder = Path(folder)
+    wanted = lambda key: skip is None or not key.startswith(skip)
+    mapped = weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
+    if (folder / SINGLE).exists() and SINGLE not in mapped.values():
+        return {key: folder / SINGLE for key in _keys(folder / SINGLE) if wanted(key)}
+    if mapped:
+        mapped = {key: name for key, name in mapped.items() if wanted(key)}
+        names = sorted(set(mapped.values()))
+        found = {key: name for name in names for key in _keys(folder / name) if wanted(key)}
+        if found != mapped:
+            odd = sorted(set(mapped.items()) ^ set(found.items()))[0]
+            raise WeightsError(f"{folder / INDEX}: disagrees with its shards about {odd[0]!r}")
+        return {key: folder / name for key, name in found.items()}
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if pickles:
+        raise WeightsError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when opened, so it is not read; get the "
+            f"safetensors version, or convert it if you trust it: python -m nanomblip.weights.convert {folder}"
+        )
+    raise WeightsError(f"{folder}: no {SINGLE} and no {INDEX}")
+
+
+def _keys(path: Path) -> list[str]:
+    """The keys of a safetensors file; WeightsError if it says that it was written for other shapes than torch's."""
+    with open_safetensors(path) as file:
+        layout = (file.metadata() or {}).get("format", "pt")
+        if layout not in ("pt", "mlx"):
+            raise WeightsError(f"{path}: its metadata say format {shown(layout)}; get the version for torch ('pt')")
+        return list(file.keys())

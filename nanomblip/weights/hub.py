@@ -25,8 +25,7 @@ import requests
 from tqdm import tqdm
 
 from nanomblip.weights.catalogue import MODELS, PINNED, WANTED, HubError, check_pinned
-from nanomblip.weights.files import RunLock, is_plain_name, put_in_place
-from nanomblip.weights.load import INDEX, SINGLE, weight_map
+from nanomblip.weights.files import INDEX, SINGLE, RunLock, is_plain_name, put_in_place, weight_map
 from nanomblip.weights.records import RECORD, read_record, write_record
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads; requests itself would wait for ever

@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from nanomblip.model.int8 import Int8Linear
+from nanomblip.model.int8 import Int8Linear, quantize_linears
+from nanomblip.model.lora import lora_layers, merge_lora
 from nanomblip.model.mblip import MBLIP
 from nanomblip.model.mt5 import MT5
-from nanomblip.weights.files import SAFETENSORS_NAMES, digest, is_plain_name, open_safetensors, read_json
+from nanomblip.weights.adapter import load_adapter, lora_tensors
+from nanomblip.weights.files import SAFETENSORS_NAMES, digest, find_tensors, open_safetensors, read_json
 from nanomblip.weights.layout import (
     EMBED_ALIASES,
     WeightsError,
@@ -33,63 +35,12 @@ from nanomblip.weights.layout import (
     mt5_config_from_hf,
     mt5_names,
     official_names,
-    shown,
     vision_config_from_hf,
 )
 from nanomblip.weights.records import check_record
 from nanomblip.weights.tensors import check_slice, convert, quantize, read_tensor, same_tensor
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # of --vision_dtype and --llm_dtype
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Key -> name of its shard, from an index; raises WeightsError for a name that leads out of the folder."""
-    found = read_json(index)
-    found = found.get("weight_map") if isinstance(found, dict) else None
-    if not (isinstance(found, dict) and found and all(isinstance(v, str) for v in found.values())):
-        raise WeightsError(f"{index}: no weight_map of key -> file name")
-    bad = [name for name in found.values() if not is_plain_name(name) or not name.endswith(".safetensors")]
-    if bad:  # a hostile index could point anywhere
-        raise WeightsError(f"{index}: {bad[0]!r} is not the plain name of a safetensors file in this folder")
-    return found
-
-
-def find_tensors(folder: Path, skip: str | None = None) -> dict[str, Path]:
-    """Official key -> the safetensors file of `folder` that holds it: one `model.safetensors`, or shards and an index.
-
-    Where both are there, the single file counts, as in transformers. Keys that start with `skip` are left out; a shard
-    that holds no others is not opened and may be absent.
-    """
-    folder = Path(folder)
-    wanted = lambda key: skip is None or not key.startswith(skip)
-    mapped = weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
-    if (folder / SINGLE).exists() and SINGLE not in mapped.values():
-        return {key: folder / SINGLE for key in _keys(folder / SINGLE) if wanted(key)}
-    if mapped:
-        mapped = {key: name for key, name in mapped.items() if wanted(key)}
-        names = sorted(set(mapped.values()))
-        found = {key: name for name in names for key in _keys(folder / name) if wanted(key)}
-        if found != mapped:
-            odd = sorted(set(mapped.items()) ^ set(found.items()))[0]
-            raise WeightsError(f"{folder / INDEX}: disagrees with its shards about {odd[0]!r}")
-        return {key: folder / name for key, name in found.items()}
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-    if pickles:
-        raise WeightsError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when opened, so it is not read; get the "
-            f"safetensors version, or convert it if you trust it: python -m nanomblip.weights.convert {folder}"
-        )
-    raise WeightsError(f"{folder}: no {SINGLE} and no {INDEX}")
-
-
-def _keys(path: Path) -> list[str]:
-    """The keys of a safetensors file; WeightsError if it says that it was written for other shapes than torch's."""
-    with open_safetensors(path) as file:
-        layout = (file.metadata() or {}).get("format", "pt")
-        if layout not in ("pt", "mlx"):
-            raise WeightsError(f"{path}: its metadata say format {shown(layout)}; get the version for torch ('pt')")
-        return list(file.keys())
 
 
 def load_mblip(
@@ -100,7 +51,8 @@ def load_mblip(
 ) -> MBLIP:
     """Build the model of a folder in the official layout and fill it, strictly; returns it in eval mode.
 
-    A folder written by `save_trained` holds some parameters only; the others come from the folders it names.
+    A folder written by `save_trained` holds some parameters only; the others come from the folders it names, and its
+    LoRA is merged.
     dtype: of all floats. vision_dtype: of the ViT, llm_dtype: of the language model, each "fp32", "bf16" or "int8". In
     int8 are the linear layers; beside them the embedding is bf16 and the rest `dtype`. A file that is int8 already
     stays so. `mt5.stored` says where the language model's own files are (adapter.py).
@@ -140,16 +92,20 @@ def _load_on_bases(
     folder: Path, config: dict, dtype: torch.dtype, vision_dtype: str | None, llm_dtype: str | None
 ) -> MBLIP:
     """The model of a folder that `save_trained` wrote; errors as in `load_mblip`."""
-    bases, keys = config["bases"], ["language_model", "sha256", "trained_sha256", "vision"]
+    bases, keys = config["bases"], ["adapter", "language_model", "sha256", "trained_sha256", "vision"]
     is_text = lambda v: isinstance(v, str) and not Path(v).is_absolute()
-    if not (isinstance(bases, dict) and sorted(bases) == keys and all(map(is_text, bases.values()))):
+    if not (isinstance(bases, dict) and sorted({"adapter": "", **bases}) == keys and all(map(is_text, bases.values()))):
         raise WeightsError(f"{folder / 'config.json'}: bases must name {', '.join(keys)}, folders relative to this one")
     vision, llm = folder / bases["vision"], folder / bases["language_model"]
     # All three before the weights are read, which takes a while.
     own, of_llm = sizes_of(folder, config_from_hf), sizes_of(llm, mt5_config_from_hf)
     if own != sizes_of(vision, lambda hf: vision_config_from_hf(hf, of_llm)):
         raise WeightsError(f"{folder}: its config.json describes another model than its bases")
-    model = load_vision(vision, load_mt5(llm, dtype, llm_dtype), dtype, vision_dtype)
+    if "adapter" in bases:
+        mt5, lora = _with_adapter(llm, folder / bases["adapter"], dtype, llm_dtype)
+    else:
+        mt5, lora = load_mt5(llm, dtype, llm_dtype), {}
+    model = load_vision(vision, mt5, dtype, vision_dtype)
     found, names = find_tensors(folder), {official: mine for mine, official in float_names(model).items()}
     if unknown := sorted(set(found) - set(names)):
         raise _not_those(folder, "unknown", unknown)
@@ -160,13 +116,30 @@ def _load_on_bases(
     for key, path in found.items():
         with open_safetensors(path) as file:
             trained[key] = read_tensor(file, path, key, model.get_parameter(names[key]).shape)
-    if digest(trained) != bases["trained_sha256"]:
+    if digest(trained | lora) != bases["trained_sha256"]:
         raise WeightsError(f"{folder}: its weights do not have the sha256 they were written with{_restore(folder)}")
     for key, value in trained.items():
         _set_parameter(model, names[key], value.to(dtype))
         if names[key].startswith("mt5."):
             model.mt5.stored[names[key].removeprefix("mt5.")] = found[key], key
     return model.eval()
+
+
+def _with_adapter(llm: Path, adapter: Path, dtype: torch.dtype, llm_dtype: str | None) -> tuple[MT5, dict]:
+    """A language model with the LoRA of an adapter merged into its fp32 weights, which are rounded afterwards; LoRA."""
+    mt5 = load_mt5(llm)
+    load_adapter(mt5, adapter)
+    lora = lora_tensors(mt5)
+    merge_lora(mt5)
+    for path, layer in lora_layers(mt5).items():
+        owner, _, leaf = path.rpartition(".")
+        setattr(mt5.get_submodule(owner), leaf, layer.base)
+    mt5.stored = {}  # no file holds these weights
+    mt5.to(DTYPES[llm_dtype] if llm_dtype == "bf16" else dtype)
+    if llm_dtype == "int8":
+        quantize_linears(mt5)
+        mt5.embed.bfloat16()
+    return mt5, lora
 
 
 def _digest_of_bases(vision: Path, llm: Path, names: list[str]) -> str:

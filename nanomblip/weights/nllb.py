@@ -13,8 +13,9 @@ import torch.nn as nn
 
 from nanomblip.model.int8 import THRESHOLD
 from nanomblip.model.nllb import NLLB, NLLBConfig
+from nanomblip.weights.files import find_tensors
 from nanomblip.weights.layout import WeightsError, _build, _expand, _refuse_unknown, _refuse_unless
-from nanomblip.weights.load import _fill, _Forms, find_tensors, sizes_of
+from nanomblip.weights.load import _fill, _Forms, sizes_of
 from nanomblip.weights.records import check_record
 from nanomblip.weights.tensors import same_tensor
 

@@ -15,9 +15,12 @@ from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.lora import lora_layers
 from nanomblip.model.mblip import MBLIP
 from nanomblip.model.mt5 import MT5
+from nanomblip.weights.adapter import lora_tensors, save_adapter
 from nanomblip.weights.files import (
     BLOCK,
+    INDEX,
     SAFETENSORS_NAMES,
+    SINGLE,
     digest,
     open_safetensors,
     read_json,
@@ -33,9 +36,9 @@ from nanomblip.weights.layout import (
     mt5_names,
     official_names,
 )
-from nanomblip.weights.load import INDEX, SINGLE, _digest_of_bases, _places_of_bases, build
+from nanomblip.weights.load import _digest_of_bases, _places_of_bases, build
 from nanomblip.weights.records import RECORD, write_record
-from nanomblip.weights.tensors import blocks_of, check_slice, checked
+from nanomblip.weights.tensors import blocks_of, check_slice, checked, held_tensors
 
 SHARD = 5_000_000_000  # bytes of a file of weights, at most
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's files
@@ -124,12 +127,6 @@ def _entry(t: torch.Tensor, dtype: torch.dtype | None = None) -> tuple:
     return dtype or t.dtype, tuple(t.shape), lambda: [t]
 
 
-def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Our name -> tensor, named as in a model without LoRA: A and B are left out, and an int8 layer has its SCB."""
-    own = {f"{path}.{side}" for path, layer in lora_layers(model).items() for side in "AB"}
-    return {name.replace(".base.", "."): t for name, t in model.state_dict().items() if name not in own}
-
-
 def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dtype: torch.dtype | None = torch.float32,
                shard: int = SHARD) -> None:  # fmt: skip
     """Write `config.json` and the weights in the official layout; transformers opens the folder.
@@ -165,18 +162,23 @@ def save_mblip(model: MBLIP, folder: Path, image_token: int, languages=None, dty
 
 
 def save_trained(model: MBLIP, folder: Path, trained, vision: str, language_model: str, image_token: int,
-                 languages=None, fingerprint: str | None = None) -> None:  # fmt: skip
+                 languages=None, fingerprint: str | None = None, adapter: str = "") -> None:  # fmt: skip
     """Write some parameters only, as fp16, and where the others are: a few MB instead of the whole model.
 
     trained: names of parameters as in `model.named_parameters()`, LoRA not among them; vision and language_model: the
     folders of the two bases, relative to `folder`; their parameters must be the model's own. fingerprint: of these, if
-    `frozen_fingerprint` has taken it already. Otherwise as `save_mblip`; transformers cannot open it.
+    `frozen_fingerprint` has taken it already. adapter: a folder, relative to `folder`, that gets the model's LoRA;
+    `load_mblip` merges it. Otherwise as `save_mblip`; transformers cannot open it.
     """
     folder, names, held = Path(folder), float_names(model), held_tensors(model)
     folder.mkdir(parents=True, exist_ok=True)  # the paths of the bases go through it
     tensors = {names[mine]: held[mine].detach().to(torch.float16) for mine in trained}
     fingerprint = fingerprint or frozen_fingerprint(model, trained, folder / vision, folder / language_model)
-    bases = dict(vision=vision, language_model=language_model, sha256=fingerprint, trained_sha256=digest(tensors))
+    bases = dict(vision=vision, language_model=language_model, sha256=fingerprint)
+    if adapter:
+        save_adapter(model.mt5, folder / adapter)
+        bases["adapter"] = adapter
+    bases["trained_sha256"] = digest(tensors | (lora_tensors(model.mt5) if adapter else {}))
     write_shards(folder, {key: _entry(t) for key, t in tensors.items()})
     extra = {} if languages is None else {"languages": sorted(languages)}
     write_json(folder / "config.json", config_to_hf(model.cfg, image_token) | extra | {"bases": bases})

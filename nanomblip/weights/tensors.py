@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 
 from nanomblip.model.int8 import quantize_rows
+from nanomblip.model.lora import lora_layers
 from nanomblip.weights.files import BLOCK, open_safetensors
 from nanomblip.weights.layout import WeightsError
 
@@ -88,3 +90,9 @@ def quantize(path: Path, key: str, out: tuple[torch.Tensor, torch.Tensor]) -> No
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{path}: {key} cannot become int8 ({error})") from None
+
+
+def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Our name -> tensor, named as in a model without LoRA: A and B are left out, and an int8 layer has its SCB."""
+    own = {f"{path}.{side}" for path, layer in lora_layers(model).items() for side in "AB"}
+    return {name.replace(".base.", "."): t for name, t in model.state_dict().items() if name not in own}

@@ -1,23 +1,26 @@
 """PEFT's adapters: what their config may say, which layers they are for, and which base they were trained on."""
 
 import json
+import shutil
 from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn as nn
 from conftest import TINY, in_transformers, randomise, tiny_mblip, transformers_inputs
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nanomblip.model.int8 import quantize_linears
-from nanomblip.model.lora import add_lora, lora_layers
+from nanomblip.model.lora import add_lora, lora_layers, merge_lora
 from nanomblip.model.mt5 import MT5
 from nanomblip.weights import adapter as adapters
 from nanomblip.weights.adapter import base_digest, load_adapter, save_adapter
 from nanomblip.weights.files import digest
 from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.load import load_mblip, load_mt5
-from nanomblip.weights.save import held_tensors, save_mblip, save_mt5, save_trained
+from nanomblip.weights.save import save_mblip, save_merged, save_mt5, save_trained
+from nanomblip.weights.tensors import held_tensors
 
 peft = pytest.importorskip("peft")
 CFG = replace(TINY.mt5, dropout=0.0)
@@ -328,6 +331,37 @@ def test_the_language_model_of_a_whole_model_and_of_bases(tmp_path):
     assert base_digest(load_mblip(tmp_path / "aligned").mt5) == want == base_digest(load_mblip(tmp_path / "aligned", dtype=torch.bfloat16).mt5)
     save_adapter(trained_lora(load_mblip(tmp_path / "aligned").mt5), tmp_path / "adapter")
     load_adapter(load_mblip(tmp_path / "aligned", dtype=torch.bfloat16).mt5, tmp_path / "adapter")
+
+
+def test_trained_parts_with_an_adapter_come_back_merged(tmp_path):
+    save_mblip(tiny_mblip(), tmp_path / "whole", image_token=66)
+    save_mt5(tiny_mblip(seed=2).mt5, tmp_path / "mt0")
+    aligned = tiny_mblip()
+    aligned.exchange_language_model(load_mt5(tmp_path / "mt0"))
+    trained_lora(aligned.mt5)
+    names = ["proj.weight", "proj.bias"]
+    for name in names:
+        aligned.get_parameter(name).data = aligned.get_parameter(name).data.half().float()
+    folder = tmp_path / "aligned"
+    save_trained(aligned, folder, names, "../whole", "../mt0", image_token=66, adapter="adapter")
+    merge_lora(aligned.mt5)
+    want, got = held_tensors(aligned), held_tensors(load_mblip(folder))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    assert not lora_layers(load_mblip(folder).mt5) and base_digest(load_mblip(folder).mt5) == digest(held_tensors(aligned.mt5))
+    for held in (dict(llm_dtype="int8"), dict(llm_dtype="bf16")):  # the same as a file of the merged weights
+        save_merged(aligned, tmp_path / "merged", image_token=66, source=(tmp_path / "whole", tmp_path / "mt0"))
+        want, got = (held_tensors(load_mblip(path, **held)) for path in (tmp_path / "merged", folder))
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    next(iter(tensors.values()))[0, 0] += 1
+    save_file(tensors, path, meta)
+    with pytest.raises(WeightsError, match="sha256"):
+        load_mblip(folder)
+    shutil.rmtree(folder / "adapter")
+    with pytest.raises(WeightsError, match="adapter"):
+        load_mblip(folder)
 
 
 def test_an_int8_file_speaks_for_itself(tmp_path):

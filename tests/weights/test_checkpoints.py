@@ -23,11 +23,12 @@ from nanomblip.model.int8 import Int8Linear, quantize_linears, quantize_rows
 from nanomblip.model.mblip import MBLIPConfig
 from nanomblip.training.state import remove_leftovers
 from nanomblip.weights import save, tensors
-from nanomblip.weights.files import digest
+from nanomblip.weights.files import INDEX, digest
 from nanomblip.weights.layout import WeightsError
-from nanomblip.weights.load import INDEX, load_mblip, load_mt5, load_vision
+from nanomblip.weights.load import load_mblip, load_mt5, load_vision
 from nanomblip.weights.records import RECORD
-from nanomblip.weights.save import held_tensors, save_mblip, save_trained, write_tensors
+from nanomblip.weights.save import save_mblip, save_trained, write_tensors
+from nanomblip.weights.tensors import held_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 # Widths of which an int8 product means something, and a vocabulary that the checkpoint's tokenizer fills.

@@ -12,11 +12,12 @@ from nanomblip.model.int8 import quantize_linears
 from nanomblip.model.lora import add_lora
 from nanomblip.weights import save
 from nanomblip.weights.adapter import save_adapter
-from nanomblip.weights.files import digest
+from nanomblip.weights.files import INDEX, SINGLE, digest
 from nanomblip.weights.layout import WeightsError, config_to_hf
-from nanomblip.weights.load import INDEX, SINGLE, load_mblip, load_mt5
+from nanomblip.weights.load import load_mblip, load_mt5
 from nanomblip.weights.records import RECORD, write_record
-from nanomblip.weights.save import held_tensors, save_mblip, save_merged, save_mt5, save_trained, write_tensors
+from nanomblip.weights.save import save_mblip, save_merged, save_mt5, save_trained, write_tensors
+from nanomblip.weights.tensors import held_tensors
 
 SMALL_SHARDS = 120_000
 
