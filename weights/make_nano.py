@@ -52,8 +52,8 @@ from nanomblip.model.vit import ViTAttention  # noqa: E402
 from nanomblip.training.optimizers import Muon  # noqa: E402
 from nanomblip.training.state import Interrupt, Log, State, remove_leftovers  # noqa: E402
 from nanomblip.training.warmup import name_places, name_scores, names_loss  # noqa: E402
-from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
 from nanomblip.weights.adapter import load_adapter  # noqa: E402
+from nanomblip.weights.files import RunLock, read_json, write_json  # noqa: E402
 from nanomblip.weights.load import load_mblip, load_mt5  # noqa: E402
 from nanomblip.weights.save import save_mblip, save_mt5, save_trained  # noqa: E402
 

@@ -22,7 +22,6 @@ from nanomblip.model.mt5 import MT5, MT5Config
 from nanomblip.model.qformer import QFormer, QFormerConfig
 from nanomblip.model.vit import ViT, ViTConfig
 
-
 LOGITS = 2**23  # that a training step holds at a time
 
 

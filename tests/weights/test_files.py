@@ -17,7 +17,6 @@ from nanomblip.weights.load import load_mblip
 from nanomblip.weights.records import RECORD, check_record, write_record
 from nanomblip.weights.save import save_mblip
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

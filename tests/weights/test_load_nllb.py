@@ -8,8 +8,8 @@ import torch
 from conftest import TINY_NLLB, save_nllb, tiny_nllb
 from safetensors.torch import load_file, save_file
 
-from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.files import find_tensors
+from nanomblip.weights.layout import WeightsError
 from nanomblip.weights.nllb import EMBED_NAMES, SINUSOIDS, load_nllb, nllb_config_from_hf, nllb_names
 from nanomblip.weights.records import write_record
 
