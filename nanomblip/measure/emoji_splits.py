@@ -8,7 +8,7 @@ from PIL import Image
 from nanomblip.data.emoji import TEST_ARTISTS, Emoji, pair_split, unit_hash
 from nanomblip.data.image import ImageConfig, image_to_tensor
 from nanomblip.data.language_id import LanguageID
-from nanomblip.data.languages import LANGUAGES, resource_group, script_group
+from nanomblip.data.languages import LANGUAGES, SCRIPT_GROUPS, resource_group, script_group
 from nanomblip.data.prompts import EVAL_PROMPT
 from nanomblip.data.scripts import normal
 from nanomblip.data.tokenizer import Tokenizer
@@ -168,9 +168,14 @@ def summary(of_language: dict) -> tuple[dict, dict]:
 
 
 class Validation:
-    """A look at the validation slice every so many steps (0 = never): greedy, five pictures a language but English."""
+    """A look at the validation slice every so many steps (0 = never): greedy, five pictures a language but English.
 
-    COLUMNS = ("step", "english_exact", "other_exact", "other_in_language")
+    The columns after the first four are the exact share of the languages other than English in each group of scripts,
+    empty where none of its languages is trained.
+    """
+
+    GROUPS = tuple(sorted(set(SCRIPT_GROUPS.values())))
+    COLUMNS = ("step", "english_exact", "other_exact", "other_in_language", *GROUPS)
 
     def __init__(
         self, model, tokenizer, image: ImageConfig, emoji: Emoji, langs, language_id: LanguageID, every: int, log
@@ -182,4 +187,9 @@ class Validation:
         if self.every and step % self.every == 0:
             results, _ = evaluate(*self.of, 5, ("validation",))
             english, other = summary(results["validation"])
-            self.log.add(step, english["exact"], other["exact"], other["in_language"])
+            by_script = defaultdict(list)
+            for lang, row in results["validation"].items():
+                if lang != "en":
+                    by_script[script_group(lang)].append(row["exact"])
+            groups = [mean(by_script[group]) for group in self.GROUPS]
+            self.log.add(step, english["exact"], other["exact"], other["in_language"], *groups)

@@ -13,11 +13,11 @@ from PIL import Image
 from nanomblip.data.emoji import ROOT, load_emoji, pair_split, picture_split
 from nanomblip.data.image import ImageConfig, array_to_tensor
 from nanomblip.data.language_id import LanguageID
-from nanomblip.data.languages import script_group
+from nanomblip.data.languages import LANGUAGES, script_group
 from nanomblip.data.scripts import normal
 from nanomblip.data.tokenizer import Tokenizer
-from nanomblip.measure import evaluate
-from nanomblip.measure.emoji_splits import MEASUREMENTS, answer, pick_examples, questions, score, table
+from nanomblip.measure import emoji_splits, evaluate
+from nanomblip.measure.emoji_splits import MEASUREMENTS, Validation, answer, pick_examples, questions, score, table
 from nanomblip.model.generate import DECODING, Decoding, generate
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.weights.files import write_json
@@ -69,6 +69,25 @@ def test_questions_come_from_the_stated_splits(emoji):
             assert which not in ("openmoji", "streamline") or artist == which
     english = [p for p, lang in questions(emoji, "pictures", ["en", "sw"], 10) if lang == "en"]
     assert english == emoji.cells_in("test")
+
+
+def test_a_look_at_the_validation_slice_has_a_column_for_each_group_of_scripts(monkeypatch):
+    """Means over languages, English left out of them; empty where no language of the group is trained."""
+    row = lambda exact: dict(n=5, exact=exact, in_language=1.0)
+    results = {"validation": {"en": row(0.9), "de": row(0.2), "sw": row(0.4), "ru": row(0.6)}}
+    monkeypatch.setattr(emoji_splits, "evaluate", lambda *args: (results, []))
+    rows = []
+
+    class Log:
+        add = staticmethod(lambda *values: rows.append(dict(zip(Validation.COLUMNS, values, strict=True))))
+
+    look = Validation(None, None, None, None, list(results["validation"]), None, 20, Log)
+    for step in (19, 20):
+        look(step)
+    (found,) = rows
+    assert found["step"] == 20 and found["english_exact"] == 0.9 and found["other_exact"] == pytest.approx(0.4)
+    assert found["Latin"] == pytest.approx(0.3) and found["Cyrillic"] == 0.6 and found["Indic"] is None
+    assert set(Validation.GROUPS) == {script_group(code) for code in LANGUAGES}
 
 
 def test_batched_answers_equal_single_ones(emoji):
