@@ -35,7 +35,7 @@ EXPERIMENTS = {
     "mc4-flattened": "--lang_mix mc4 --lang_alpha 0.3",
     "qformer-slow": "",
     "qformer-frozen": "--qformer_lr 0",
-    "qformer-full-rate": "--qformer_lr 1e-3",
+    "qformer-full-rate": "--qformer_lr 2e-4",
     "projection-only": "--lora none --qformer_lr 0",
     "data-1": "--data_share 0.01",
     "data-10": "--data_share 0.1",

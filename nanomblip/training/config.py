@@ -36,9 +36,9 @@ SCALE = {
     #                  nano               official sizes
     "steps":         (2525,              87_000),  # 8,000 of warm-up, then two epochs of 5.1 million examples
     "warmup_lr":     (2e-3,              5e-3),
-    "lr":            (5e-4,              1e-5),  # the projection's
-    "qformer_lr":    (5e-5,              1e-5),  # a twentieth of LoRA's, as in the paper
-    "lora_lr":       (1e-3,              2e-4),
+    "lr":            (1e-5,              1e-5),  # the projection's
+    "qformer_lr":    (1e-5,              1e-5),  # a twentieth of LoRA's
+    "lora_lr":       (2e-4,              2e-4),
     "lr_warmup":     (100,               1000),
     "beta2":         (0.98,              0.999),
     "batch":         (128,               8),
@@ -46,6 +46,8 @@ SCALE = {
     "views":         (8,                 0),
     "checkpointing": (False,             True),
 }  # fmt: skip
+# Without the names warm-up nano's vectors still have to be learned in stage 2: higher rates (weights/LOG.md).
+FROM_AFAR = {"lr": 2e-3, "qformer_lr": 1e-4, "lora_lr": 1e-3}
 WARMUP_SHARE = {"names": 0.68, "projection": 0.092, "none": 0.0}  # of the steps; the paper's 8,000 of 87,000
 CLIP = 1.0  # the largest gradient norm, the paper's
 
@@ -249,6 +251,8 @@ def resolve(cfg: Config, parameters: int, world: int = 1) -> Config:
         values |= dict(warmup="none")
     if cfg.init == "random":
         values |= dict(int8=False, lora="none", views=0, noise=0.0)
+    if not large and cfg.init == "blip2" and (cfg.warmup or values["warmup"]) != "names":
+        values |= FROM_AFAR
     asked = cfg.lora
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
     if cfg.noise and not cfg.views:

@@ -148,7 +148,10 @@ def test_the_official_sizes_take_the_papers_choices_and_scale():
     paper = resolve(Config(recipe="paper"), 0)
     assert paper.warmup == "projection" and paper.int8 and paper.noise == paper.redraw == 0 and paper.steps == SCALE["steps"][0]
     assert resolve(Config(lora_lr=0.5, steps=7), LARGE + 1).lora_lr == 0.5, "a flag goes before the recipe"
-    assert NANO.lora_lr == 20 * NANO.qformer_lr, "the paper's ratio"
+    rates = lambda cfg: (cfg.lr, cfg.qformer_lr, cfg.lora_lr)
+    assert rates(NANO) == rates(large), "stage 2 after the names warm-up has the paper's own rates"
+    assert rates(paper) == rates(resolve(Config(warmup="none"), 0)) != rates(NANO), "without it, higher ones"
+    assert rates(resolve(Config(warmup="projection"), LARGE + 1)) == rates(large) == rates(resolve(Config(init="out/x"), 0))
 
 
 def test_a_stage_knows_its_rates_for_the_table():
