@@ -1,13 +1,19 @@
 """Make the figures of the documents from the shipped weights, data and records: python notebooks/make_figures.py
 
 Writes notebooks/figures/*.png, and figures.json beside them: what each figure was made from (a hash of the files that
-it reads) and what it found, from which the documents take their numbers. `--example` only looks for the example
-picture.
+it reads) and what it found, from which the documents take their numbers. Each is a white card in at most 256 colours,
+sharp at twice the size that a document shows, and readable on a phone. `--example` only looks for the example picture.
+
+The figure `run` needs the curves of a run: `--run out/RUN` thins its loss.csv and validation.csv out and stores them
+as weights/records/run.json.
 
 Every script is drawn by its own font of the Noto Sans family, which the `npm` client installs into out/fonts, once.
 Matplotlib 3.11 or newer is needed: it joins letters as Arabic, Devanagari or Khmer want them.
 """
 
+import csv
+import io
+import json
 import statistics
 import subprocess
 import sys
@@ -20,10 +26,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import lib  # noqa: E402
 import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 from fontTools.ttLib import TTFont  # noqa: E402  (comes with matplotlib)
-from lib import BLUE, GREEN, GREY, ORANGE, RED, ROOT, SKY, plt  # noqa: E402
+from lib import BLUE, GREEN, GREY, ORANGE, PINK, RED, ROOT, SKY, plt  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from nanomblip.data.decode import load_image  # noqa: E402
 from nanomblip.data.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, picture_split, unit_hash  # noqa: E402
@@ -31,10 +39,10 @@ from nanomblip.data.image import image_to_tensor  # noqa: E402
 from nanomblip.data.languages import LANGUAGES  # noqa: E402
 from nanomblip.data.scripts import script_of  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
-from nanomblip.measure import ablation_tables  # noqa: E402
-from nanomblip.measure.ablation_suites import SUITES, read_records, settings_of  # noqa: E402
+from nanomblip.measure import ablation_tables, emoji_splits  # noqa: E402
+from nanomblip.measure.ablation_suites import CAPTIONS, SUITES, read_records, settings_of  # noqa: E402
 from nanomblip.model.generate import DECODING  # noqa: E402
-from nanomblip.weights.files import read_json, write_json  # noqa: E402
+from nanomblip.weights.files import read_json, write_atomic, write_json  # noqa: E402
 
 FIGURES = ROOT / "notebooks/figures"
 DPI = 220  # eight inches are 1,760 pixels, shown at half of that
@@ -50,7 +58,9 @@ READS = {  # figure -> the files it is made from
     "scripts": PICTURES,
     "ablations": ("notebooks/records/*.json",),
     "captions": (*PICTURES, *WEIGHTS),
+    "run": ("weights/records/run.json",),
 }
+RUN, POINTS = ROOT / "weights/records/run.json", 300  # of the loss, at most
 
 # Script -> package and part of it; what is not here is in Latin letters.
 FONTS = {
@@ -67,6 +77,7 @@ FONT_VERSION = "5.3.0"
 @dataclass(frozen=True)
 class Config:
     names: list = flag((), "figures to make: " + ", ".join(READS) + "; default: all", many=True)
+    run: str = flag("", "folder of a run of train.py whose curves are stored first")
     example: bool = flag(False, "say which held-out picture of an animal has the most languages right, and stop")
 
 
@@ -80,6 +91,9 @@ def main(argv: list[str]) -> int:
         for count, picture, name in find_example(lib.Nano())[:10]:
             print(f"{count} of 85 languages: {name} by {picture[1]} ({picture[0]})")
         return 0
+    if cfg.run:
+        text = json.dumps(curves_of(Path(cfg.run))) + "\n"
+        write_atomic(RUN, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     install_fonts(ROOT / "out/fonts")
     plt.rcParams.update({"font.family": [family("", part) for part in LATIN], "figure.dpi": DPI, "font.size": 10})
     FIGURES.mkdir(exist_ok=True)
@@ -87,13 +101,27 @@ def main(argv: list[str]) -> int:
     found = read_json(path) if path.exists() else {}
     for name in cfg.names or READS:
         fig, facts = globals()[f"draw_{name}"]()
-        fig.savefig(FIGURES / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None},
-                    pil_kwargs=dict(optimize=True))  # fmt: skip
-        plt.close(fig)
+        save(fig, FIGURES / f"{name}.png")
         found[name] = {"read": digest(name), **facts}
         print(f"{name}: {facts}")
     write_json(path, found)
     return 0
+
+
+def save(fig, path: Path) -> None:
+    """A figure as a PNG of 256 colours, a quarter of the size; what is nearly white in the drawings becomes white."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=DPI, facecolor="white")
+    plt.close(fig)
+    pixels = np.array(Image.open(buffer).convert("RGB"))  # (H, W, 3)
+    white = (pixels >= 250).all(-1)
+    pixels[white] = 255
+    image = Image.fromarray(pixels)
+    palette = image.quantize(255, method=Image.Quantize.MAXCOVERAGE)
+    image = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    image.putpalette([*palette.getpalette()[: 3 * 255], 255, 255, 255])
+    image.paste(255, mask=Image.fromarray(white))
+    write_atomic(path, lambda temporary: image.save(temporary, "PNG", optimize=True))
 
 
 def digest(name: str) -> str:
@@ -214,7 +242,7 @@ def draw_hero():
     (reading,) = nano.read(vectors)
     trains_lora = read_json(ROOT / "weights/nano/aligned/record.json")["config"].get("lora", "none") != "none"
 
-    fig, ax = canvas(8, 5.1)
+    fig, ax = canvas(8, 5.3)
     cfg, top = nano.model.cfg, 0.42
     picture(ax, image, 0.2, top, 1.6)
     patches = cfg.vit.image_size // cfg.vit.patch_size
@@ -222,7 +250,7 @@ def draw_hero():
         at = 1.6 * i / patches
         ax.plot([0.2 + at] * 2, [top, top + 1.6], color="0.55", lw=0.7, zorder=3)
         ax.plot([0.2, 1.8], [top + at] * 2, color="0.55", lw=0.7, zorder=3)
-    write(ax, 0.2, 0.22, f"a drawing it never saw, {patches * patches} patches", 8.5, ha="left")
+    write(ax, 0.2, 0.22, f"a drawing it never saw, {patches * patches} patches", 11, ha="left")
     N, Q = features.shape[2], vectors.shape[1]
     for x, width, name, gives, colour in (
         (2.2, 1.45, "ViT", f"{N} vectors", SKY),
@@ -231,8 +259,8 @@ def draw_hero():
     ):
         arrow(ax, (x - 0.36, top + 0.8), (x - 0.04, top + 0.8))
         box(ax, x, top + 0.3, width, 1.0, colour, 0.55)
-        write(ax, x + width / 2, top + 0.62, name, 13)
-        write(ax, x + width / 2, top + 0.97, gives, 9)
+        write(ax, x + width / 2, top + 0.62, name, 15)
+        write(ax, x + width / 2, top + 0.99, gives, 11)
     ax.plot([7.0, 7.0, 2.6, 2.6], [top + 1.34, 2.28, 2.28, 2.4], color=GREY, lw=1.2)
     arrow(ax, (2.6, 2.3), (2.6, 2.52))
 
@@ -240,29 +268,29 @@ def draw_hero():
     for i, (token, _) in enumerate(reading):
         box(ax, left + cells * i + 0.02, y, cells - 0.04, 0.42, ORANGE, 0.55)
         text = token.replace("▁", "")
-        write(ax, left + cells * (i + 0.5), y + 0.21, text or "_", 11 if len(text) < 6 else 66 / len(text))
+        write(ax, left + cells * (i + 0.5), y + 0.21, text or "_", 13 if len(text) < 5 else 62 / len(text))
     prompt = left + cells * Q + 0.12
     box(ax, prompt, y, 7.8 - prompt, 0.42, "0.88")
-    write(ax, (prompt + 7.8) / 2, y + 0.21, "Caption the image in Swahili.", 10)
-    write(ax, left, y + 0.58, f"its {Q} vectors, each read as the nearest token", 8.5, ha="left")
-    write(ax, 7.8, y + 0.58, "the prompt", 8.5, ha="right")
-    arrow(ax, (4.0, y + 0.5), (4.0, y + 0.78))
+    write(ax, (prompt + 7.8) / 2, y + 0.21, "Caption the image in Swahili.", 11.5)
+    write(ax, left, y + 0.6, f"its {Q} vectors, each read as the nearest token", 11, ha="left")
+    write(ax, 7.8, y + 0.6, "the prompt", 11, ha="right")
+    arrow(ax, (4.6, y + 0.5), (4.6, y + 0.78))
     box(ax, 0.2, 3.36, 7.6, 0.42, SKY, 0.55)
     lora = ", with trained LoRA" if trains_lora else ""
-    write(ax, 4.0, 3.57, f"multilingual language model (mT5){lora}", 12)
+    write(ax, 4.0, 3.57, f"multilingual language model (mT5){lora}", 14)
     arrow(ax, (4.0, 3.8), (4.0, 4.02))
     for i, lang in enumerate(SIX):
-        x, line = 0.2 + 2.56 * (i % 3), 4.17 + 0.34 * (i // 3)
+        x, line = 0.2 + 2.56 * (i % 3), 4.2 + 0.4 * (i // 3)
         mark, colour = ("right", GREEN) if right[lang] else ("wrong", RED)
-        write(ax, x, line, LANGUAGES[lang].name, 8, ha="left", color="0.35")
-        write(ax, x + 0.62, line, answers[lang], 11.5, ha="left")
+        write(ax, x, line, LANGUAGES[lang].name, 10.5, ha="left", color="0.35")
+        write(ax, x + 0.83, line, answers[lang], 13.5, ha="left")
         if not right[lang]:
-            write(ax, x + 2.4, line, mark, 8, ha="right", color=colour)
-    for x, colour, text in ((0.2, SKY, "frozen"), (1.1, ORANGE, "trained")):
-        box(ax, x, 4.8, 0.16, 0.16, colour, 0.55)
-        write(ax, x + 0.22, 4.88, text, 9, ha="left")
-    write(ax, 7.8, 4.88, f"drawing: Twemoji, CC BY 4.0; right in {sum(right.values())} of {len(langs)} languages", 8,
-          ha="right", color="0.35")  # fmt: skip
+            write(ax, x + 2.5, line, mark, 10.5, ha="right", color=colour)
+    for x, colour, text in ((0.2, SKY, "frozen"), (1.15, ORANGE, "trained")):
+        box(ax, x, 5.0, 0.16, 0.16, colour, 0.55)
+        write(ax, x + 0.22, 5.08, text, 11, ha="left")
+    credit = f"right in {sum(right.values())} of {len(langs)} languages; drawing: Twemoji, CC BY 4.0"
+    write(ax, 7.8, 5.08, credit, 10, ha="right", color="0.35")
     shown = {lang: answers[lang] for lang in SIX}
     ties = sum(row[0] == count for row in best)
     return fig, dict(picture=EXAMPLE, artist=cell[1], english=english, in_sheet=count, equal=ties, animals=len(best),
@@ -275,23 +303,23 @@ def draw_contact_sheet():
     emoji = load_emoji()
     concept = {name: c for c, name in emoji.names["en"].items()}
     where = {cell: p for p, cell in enumerate(emoji.cells)}
-    artists, size = (*TRAIN_ARTISTS, *TEST_ARTISTS), 0.68
-    fig, ax = canvas(8, 0.62 + 0.74 * len(THINGS) + 0.3)
+    artists, left, step, size = (*TRAIN_ARTISTS, *TEST_ARTISTS), 1.02, 0.69, 0.66
+    fig, ax = canvas(8, 0.75 + 0.72 * len(THINGS) + 0.4)
     for column, artist in enumerate(artists):
-        x = 0.86 + 0.71 * column
-        write(ax, x + size / 2, 0.42, artist.replace("-", "\n"), 7.5)
+        x = left + step * column
+        write(ax, x + size / 2, 0.5, artist.replace("-", "\n"), 9)
         for row, thing in enumerate(THINGS):
-            y, at = 0.66 + 0.74 * row, where[concept[thing], artist]
+            y, at = 0.75 + 0.72 * row, where[concept[thing], artist]
             picture(ax, emoji.pictures[at], x, y, size)
             if picture_split(concept[thing], artist) == "test":
-                ax.plot(x + 0.05, y + 0.05, "o", color=RED, markersize=5, zorder=4, clip_on=False)
+                ax.plot(x + 0.05, y + 0.05, "o", color=RED, markersize=6, zorder=4, clip_on=False)
             if column == 0:
-                write(ax, 0.78, y + size / 2, thing, 9, ha="right")
-    x = 0.86 + 0.71 * len(TRAIN_ARTISTS)
-    ax.add_patch(Rectangle((x - 0.02, 0.22), 0.71 * 2, 0.44 + 0.74 * len(THINGS), fill=False, edgecolor=BLUE, lw=1.6))
-    write(ax, x + 0.7, 0.11, "never trained on", 8, color=BLUE)
-    ax.plot(0.92, fig.get_figheight() - 0.12, "o", color=RED, markersize=5)
-    write(ax, 1.0, fig.get_figheight() - 0.12, "held-out picture of a training artist", 8, ha="left")
+                write(ax, left - 0.1, y + size / 2, thing, 11, ha="right")
+    x = left + step * len(TRAIN_ARTISTS)
+    ax.add_patch(Rectangle((x - 0.02, 0.28), 2 * step, 0.47 + 0.72 * len(THINGS), fill=False, edgecolor=BLUE, lw=1.6))
+    write(ax, x + step, 0.14, "never trained on", 11, color=BLUE)
+    ax.plot(0.2, fig.get_figheight() - 0.18, "o", color=RED, markersize=6)
+    write(ax, 0.32, fig.get_figheight() - 0.18, "held-out picture by a training artist", 11, ha="left")
     return fig, dict(artists=len(artists), things=len(THINGS))
 
 
@@ -299,14 +327,14 @@ def draw_scripts():
     """What people call the example in twelve scripts."""
     emoji = load_emoji()
     cell = next(c for c, name in emoji.names["en"].items() if name == Path(EXAMPLE).stem)
-    fig, ax = canvas(8, 2.95)
-    picture(ax, load_image(ROOT / "data" / EXAMPLE), 0.1, 0.4, 1.7)
+    fig, ax = canvas(8, 3.3)
+    picture(ax, load_image(ROOT / "data" / EXAMPLE), 0.1, 0.55, 1.7)
     for i, lang in enumerate(DOZEN):
-        x, y = 2.05 + 2.0 * (i % 3), 0.35 + 0.6 * (i // 3)
-        write(ax, x, y - 0.2, LANGUAGES[lang].name, 8, ha="left", color="0.35")
+        x, y = 2.1 + 2.0 * (i % 3), 0.2 + 0.71 * (i // 3)
+        write(ax, x, y, LANGUAGES[lang].name, 10.5, ha="left", color="0.35")
         name = emoji.names[lang][cell]
-        write(ax, x, y + 0.07, name, 13 if len(name) < 16 else 200 / len(name), ha="left")
-    write(ax, 0.1, 2.82, "drawing: Twemoji, CC BY 4.0; names: Unicode CLDR", 7.5, ha="left", color="0.35")
+        write(ax, x, y + 0.3, name, 16 if len(name) < 13 else 208 / len(name), ha="left")
+    write(ax, 0.1, 3.13, "drawing: Twemoji, CC BY 4.0; names: Unicode CLDR", 10, ha="left", color="0.35")
     return fig, dict(languages=len(DOZEN))
 
 
@@ -324,19 +352,22 @@ def draw_ablations():
                 judged = ablation_tables.verdict(base, values, suite.expect, suite.smallest)
                 label = f"{row}  −  {suite.rows[0]}"
                 rows.append((label, suite.measure, [100 * (v - middle) for v in values], 200 * error, judged))
-    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 1.1 + 0.34 * len(rows)), layout="constrained")
     colours = {"agrees": BLUE, "disagrees": RED}
+    beside = dict(transform=ax.get_yaxis_transform(), va="center", fontsize=10.5)
     for y, (_, measure, values, error, judged) in enumerate(rows):
         colour = colours.get(judged, GREY)
         ax.plot(values, [y] * len(values), "o", color="0.75", markersize=4)
         ax.errorbar(statistics.mean(values), y, xerr=error, fmt="D", color=colour, markersize=6, capsize=3)
-        words = f"{judged}; {measure[2].replace('_', ' ')}, {measure[0]}s"
-        ax.text(1.02, y, words, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=colour)
+        other = "" if measure == CAPTIONS else "*"
+        ax.text(1.03, y, judged + other, color=colour, **beside)
     ax.axvline(0, color="0.3", lw=0.8)
-    ax.text(1.02, -0.8, "nano and the paper; measure", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
-    ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
-    ax.invert_yaxis()
-    ax.set_xlabel("difference in percentage points, ± 2 standard errors; grey: single seeds", fontsize=9)
+    ax.text(1.03, -0.9, "as in the paper?", **beside)
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=10.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="x", labelsize=10.5)
+    ax.set_xlabel("difference in chrF of captions, other languages (points), ± 2 standard errors\n"
+                  "grey: single seeds; * another measure or group", fontsize=10.5)  # fmt: skip
     return fig, dict(rows=len(rows), setting=setting)
 
 
@@ -347,22 +378,77 @@ def draw_captions():
     cells = sorted(emoji.cells_in("test"), key=lambda p: unit_hash("twelve", *emoji.cells[p]))[: len(LANGS)]
     vectors = nano.vectors(cells)
     answers = nano.write(vectors, list(LANGS), decoding=DECODING["caption"])
-    fig, ax = canvas(8, 5.5)
+    fig, ax = canvas(8, 5.95)
     correct = 0
     for i, (p, lang, answer) in enumerate(zip(cells, LANGS, answers)):
-        x, y = 0.15 + 1.97 * (i % 4), 0.12 + 1.78 * (i // 4)
+        x, y = 0.04 + 1.98 * (i % 4), 0.1 + 1.88 * (i // 4)
         good = nano.right(p, lang, answer)
         correct += good
-        picture(ax, emoji.pictures[p], x + 0.4, y, 0.95)
-        middle, colour = x + 0.9, GREEN if good else RED
-        write(ax, middle, y + 1.06, f"{nano.english(p)}, in {LANGUAGES[lang].name}", 7.5, color="0.35")
-        shown = lib.as_shown(answer, lang)
-        write(ax, middle, y + 1.27, shown, 12 if len(shown) < 16 else 185 / len(shown))
+        middle, colour = x + 0.99, GREEN if good else RED
+        picture(ax, emoji.pictures[p], middle - 0.47, y, 0.95)
+        shown, said = lib.as_shown(answer, lang), f"{nano.english(p)}, {LANGUAGES[lang].name}"
+        write(ax, middle, y + 1.08, said, min(10.5, 260 / len(said)), color="0.35")
+        write(ax, middle, y + 1.33, shown, min(15, 208 / len(shown)))
         said = "right" if good else f"wrong: {lib.meaning(answer, lang) or 'no name'}"
-        write(ax, middle, y + 1.48, said, 8, color=colour)
-    write(ax, 0.15, 5.38, "drawings: " + ", ".join(sorted({emoji.cells[p][1] for p in cells})) + " (data/NOTICE)", 7.5,
-          ha="left", color="0.35")  # fmt: skip
+        write(ax, middle, y + 1.57, said, min(10.5, 260 / len(said)), color=colour)
+    credit = "drawings: " + ", ".join(sorted({emoji.cells[p][1] for p in cells})) + " (data/NOTICE)"
+    write(ax, 0.15, 5.82, credit, 10, ha="left", color="0.35")
     return fig, dict(right=correct, pictures=len(cells))
+
+
+def curves_of(folder: Path) -> dict:
+    """What the figure of a run shows: its config, loss (each stage thinned by means of neighbouring steps), and every
+    look at the validation slice."""
+    for name in ("train.json", "loss.csv", "validation.csv"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"--run {folder}: not the folder of a run of train.py (it has no {name})")
+    config = read_json(folder / "train.json")
+    rows = {
+        name: list(csv.DictReader(io.StringIO((folder / f"{name}.csv").read_text()))) for name in ("loss", "validation")
+    }
+    if not rows["validation"]:
+        raise ValueError(f"--run {folder}: it never looked at the validation slice; train with --eval_every 100")
+    steps, each = len(rows["loss"]), -(-len(rows["loss"]) // (POINTS - 1))  # one point more where two stages meet
+    border, loss = config["warmup_steps"], []
+    for first, last in ((0, border), (border, steps)):
+        for at in range(first, last, each):
+            part = [float(row["loss"]) for row in rows["loss"][at : min(at + each, last)]]
+            loss.append([at + (len(part) + 1) / 2, round(statistics.mean(part), 4)])
+    looks = [{name: float(value) if value else None for name, value in row.items()} for row in rows["validation"]]
+    return dict(config=config, steps=steps, loss=loss, validation=looks)
+
+
+def draw_run():
+    """The loss of both stages over a run, and exact match by script at each look at the validation slice."""
+    record = read_json(RUN)
+    border, looks = record["config"]["warmup_steps"], record["validation"]
+    fig, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained", height_ratios=(2, 3))
+    for ax in (above, below):
+        ax.axvline(border, color="0.6", lw=0.8, ls="--")
+        ax.tick_params(labelsize=11)
+    for first, last, colour in ((0, border, ORANGE), (border, record["steps"], BLUE)):
+        above.plot(*zip(*(point for point in record["loss"] if first < point[0] <= last)), color=colour)
+    top = dict(transform=above.get_xaxis_transform(), fontsize=11, va="top")
+    names = {"names": "warm-up: towards the English name", "projection": "warm-up: the projection alone"}
+    if border:
+        above.text(border * 0.98, 0.98, names[record["config"]["warmup"]], ha="right", color="#9a6700", **top)
+    above.text(border + 0.01 * record["steps"], 0.98, "the language model's loss", ha="left", color=BLUE, **top)
+    above.set_ylabel("loss", fontsize=11)
+    above.set_ylim(bottom=0)
+    groups = [name for name in emoji_splits.Validation.GROUPS if looks[0].get(name) is not None]
+    lines = {"English": "english_exact", **{name.replace("other", "other scripts"): name for name in groups}}
+    lines["all but English"] = "other_exact"
+    for name, colour in zip(lines, ("black", GREEN, BLUE, ORANGE, RED, PINK, SKY, GREY, "black")):
+        mean = name == "all but English"
+        values = [100 * row[lines[name]] for row in looks]
+        below.plot([row["step"] for row in looks], values, label=name, color=colour, ls=":" if mean else "-",
+                   lw=2.4 if colour == "black" else 1.4)  # fmt: skip
+    below.set_ylabel("validation pictures\nnamed exactly (%)", fontsize=11)
+    below.set_xlabel("step", fontsize=11)
+    below.set_ylim(bottom=0)
+    below.legend(title="languages, by script", title_fontsize=11, fontsize=11, loc="upper left", ncols=2)
+    return fig, dict(steps=record["steps"], looks=len(looks), english=looks[-1]["english_exact"],
+                     other=looks[-1]["other_exact"])  # fmt: skip
 
 
 if __name__ == "__main__":
