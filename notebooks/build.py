@@ -2,6 +2,7 @@
 
 A source, src/NAME.md, is Markdown. Fences of ```python become code cells; a second word says what kind:
 
+    ```python colab       fetches the repository on Colab, before all other code
     ```python figure      draws; tagged and folded, its output is not
     ```python thumbnail   a figure that stands for the notebook in README.md
     ```python check       holds the text against the code; tagged and folded
@@ -49,11 +50,11 @@ from nanomblip.weights.files import write_atomic, write_json  # noqa: E402
 FENCE = re.compile(r"^```python ?(\w*)\n(.*?)^```\n", re.M | re.S)
 NUMBER = re.compile(r"\{=(?!\})(.+?)=\}", re.S)  # not the {=} of LaTeX
 CLAIM = re.compile(r"\s*<!-- claim: (.+?) -->", re.S)
-KINDS = ("", "figure", "thumbnail", "check", "exercise", "solution")
+KINDS = ("", "colab", "figure", "thumbnail", "check", "exercise", "solution")
 WIDEST = 100  # characters of a line of code
 THUMBNAIL = (300, 160)  # pixels
 BUILDS = ("student", "course", "teacher")
-# The first cell of each: where the repository is, and what is missing.
+# The first cell of each, but for one of Colab's: where the repository is, and what is missing.
 START = """import sys
 from pathlib import Path
 
@@ -110,16 +111,17 @@ def fingerprint() -> dict[str, str]:
 
 
 def parse(source: str, name: str) -> list[NotebookNode]:
-    """The cells of a source, numbers and claims still in them; the first code cell is START."""
-    cells, at = [], 0
+    """The cells of a source, numbers and claims still in them; START comes before all code but that of Colab."""
+    cells, at, started = [], 0, False
     for match in [*FENCE.finditer(source), None]:
         for text in re.split(r"^(?=## )", source[at : match.start() if match else None], flags=re.M):
             if text.strip():
                 cells.append(new_markdown_cell(text.strip(), id=f"{name}-{len(cells)}"))
-        if not at:
+        kind, code = match.groups() if match else ("", "")
+        if not started and kind != "colab":
             cells.append(code_cell(START, "setup", f"{name}-{len(cells)}"))
+            started = True
         if match:
-            kind, code = match.groups()
             if kind not in KINDS:
                 raise ValueError(f"src/{name}.md: ```python {kind}: one of {KINDS}")
             wide = [line for line in code.splitlines() if len(line) > WIDEST]

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 from functools import cache
 from hashlib import sha256
@@ -278,16 +279,30 @@ def meanings(lang: str) -> dict[str, str]:
 
 def check(what: str, given, wanted, tolerance: float = 1e-6) -> None:
     """Say whether an exercise's answer is right, not yet, or still blank; tensors and numbers up to a tolerance."""
-    if given is ... or given is None:
-        print(f"{what}: still blank")
-        return
-    if isinstance(wanted, torch.Tensor):
-        right = given.shape == wanted.shape and torch.allclose(given.float(), wanted.float(), atol=tolerance)
-    elif isinstance(wanted, float):
-        right = abs(given - wanted) <= tolerance
-    else:
-        right = given == wanted
-    print(f"{what}: {'right' if right else 'not yet'}")
+    said = "still blank" if blank(given) else "right" if same(given, wanted, tolerance) else "not yet"
+    print(f"{what}: {said}")
+
+
+def blank(given) -> bool:
+    """Is an answer, or all of a list of answers, not filled in? A function without a body returns None."""
+    return (
+        given is ... or given is None or (isinstance(given, (list, tuple)) and bool(given) and all(map(blank, given)))
+    )
+
+
+def same(given, wanted, tolerance: float) -> bool:
+    """Is an answer the wanted one? One of another kind or shape is not."""
+    given, wanted = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (given, wanted))
+    if isinstance(wanted, dict):
+        if not isinstance(given, dict) or given.keys() != wanted.keys():
+            return False
+        given, wanted = [given[key] for key in wanted], list(wanted.values())
+    if isinstance(wanted, (list, tuple)):
+        alike = isinstance(given, (list, tuple)) and len(given) == len(wanted)
+        return alike and all(same(one, other, tolerance) for one, other in zip(given, wanted))
+    if isinstance(wanted, float):
+        return isinstance(given, (int, float)) and math.isclose(given, wanted, rel_tol=1e-5, abs_tol=tolerance)
+    return bool(given == wanted)
 
 
 def live() -> bool:

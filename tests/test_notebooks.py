@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -133,6 +136,32 @@ def test_a_claim_that_does_not_hold_is_named(tmp_path, monkeypatch):
     assert "the cell failed" in broken.problems[0]
 
 
+def test_the_cell_for_colab_comes_first_and_does_nothing_elsewhere(tmp_path, monkeypatch):
+    """On Colab it clones, installs the packages that are in the requirements but not torch, and goes where the notebooks are."""
+    cells = build.parse((ROOT / "notebooks/src/00_tour.md").read_text(encoding="utf-8"), "00_tour")
+    colab, setup = [cell for cell in cells if cell.cell_type == "code"][:2]
+    assert colab.metadata.tags == ["colab"] and setup.source == build.START.strip()
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def run(words, check):
+        calls.append(words)
+        if words[0] == "git":
+            shutil.copytree(ROOT / "notebooks/src", tmp_path / "nanomblip/notebooks")
+            shutil.copy(ROOT / "requirements.txt", tmp_path / "nanomblip")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(colab.source, {})
+    assert not calls and Path.cwd() == tmp_path
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    with pytest.raises(ValueError, match="REPOSITORY"):
+        exec(colab.source, {})
+    exec(colab.source.replace('REPOSITORY = ""', 'REPOSITORY = "ADDRESS"'), {})
+    assert calls[0] == ["git", "clone", "--depth", "1", "ADDRESS", "nanomblip"] and Path.cwd().name == "notebooks"
+    packages = calls[1][calls[1].index("-q") + 1 :]
+    assert len(packages) == 2 and all(">=" in package and " " not in package for package in packages)
+
+
 def test_a_source_that_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="above 100 characters"):
         build.parse(f"# A\n\n```python\n{'x' * 101}\n```\n", "small")
@@ -160,9 +189,15 @@ def test_the_first_cell_says_what_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_checks_and_intervals(capsys):
-    for given, said in ((..., "still blank"), (3, "right"), (4, "not yet")):
-        lib.check("x", given, 3)
-        assert said in capsys.readouterr().out
+    for given, wanted, said in (
+        (..., 3, "still blank"), (3, 3, "right"), (4, 3, "not yet"), ("3", 3, "not yet"), ("3", 3.0, "not yet"),
+        ([None, ...], [0.5, 1], "still blank"), ([0.5, 1], [0.5, 1], "right"), ([0.5], [0.5, 1], "not yet"),
+        ([0.5, None], [0.5, 1], "not yet"), ({"en": 0.5 + 1e-9}, {"en": 0.5}, "right"), ({}, {"en": 0.5}, "not yet"),
+        (torch.tensor(0.5), 0.5, "right"), (0.5, torch.tensor(0.5), "right"), (3.0, 3, "right"),
+        (torch.ones(2), torch.ones(1, 2), "not yet"), (0.5, torch.ones(2), "not yet"), (None, None, "still blank"),
+    ):  # fmt: skip
+        lib.check("x", given, wanted)
+        assert said in capsys.readouterr().out, (given, wanted)
     low, high = lib.interval(0.5, 100)
     assert (round(low, 3), round(high, 3)) == (0.404, 0.596)  # Wilson 1927
     assert lib.interval(0.0, 10)[0] == 0 < lib.interval(0.0, 10)[1] and lib.interval(1.0, 10)[1] == 1
