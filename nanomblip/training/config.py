@@ -57,32 +57,36 @@ class Config:
     """Every field is a flag of the command line. None means "as the recipe says"; `resolve` fills these in."""
 
     lang_mix: str = flag(
-        "all", "languages: all, uniform, mc4, mt5, or a list such as sw,de:2,hi", group="what to train on"
+        "all",
+        "languages and their shares: all, uniform, mc4, mt5, or a list such as sw,de:2,hi",
+        group="what to train on",
     )
     lang_alpha: float = flag(1.0, "exponent on the language shares; below 1 flattens them")
     hold_out_langs: str = flag("", "languages to leave out of training, as a list; they are measured all the same")
-    tasks: str | None = flag(None, "tasks and their shares, each with :weight: " + ", ".join(TASKS))
+    tasks: str | None = flag(None, "tasks to mix, each with :weight if not 1: " + ", ".join(TASKS))
     concepts: str = flag("core", "core = the things that all training artists drew, all = every thing", ("core", "all"))
     data_share: float = flag(1.0, "share of the training pictures that is used")
     mixture: str = flag("", "train on JSON files in the released format instead: FILE or FILE:weight,FILE:weight")
     image_root: str = flag("", "with --mixture: the folder of its pictures")
     names: str = flag("", "train on these names of the embedded pictures instead of the human ones: a file written by "
                           "nanomblip.data.translate --input emoji; what is measured stays human")  # fmt: skip
-    name_errors: float = flag(0.0, "share of the names in other languages that are another thing's: planted errors")
+    name_errors: float = flag(
+        0.0, "give this share of the names in other languages to another thing, to see what errors cost"
+    )
 
     init: str = flag(
         "blip2",
-        "starting weights: blip2 = the parts of --vision and --llm with a fresh projection, as in mBLIP; random = of "
-        "size nano, and everything is trained; or a folder in the official layout",
+        "start from blip2 = --vision and --llm with a fresh projection, as in mBLIP; from random = random weights of "
+        "nano's size, all of them trained; or from a folder in the official layout",
         group="the two pretrained models",
     )
     vision: str = flag(
         "weights/nano/blip2",
-        "with --init blip2: the model that can see: a folder, or blip2-flan-t5-xl, which is fetched",
+        "with --init blip2: ViT and Q-Former from this folder, or from blip2-flan-t5-xl (fetched)",
     )
     llm: str = flag(
         "weights/nano/mt0",
-        "with --init blip2: the language model: a folder, or mt0-small, -base, -large, -xl, -xxl, which are fetched",
+        "with --init blip2: language model from this folder, or mt0-small, -base, -large, -xl or -xxl (fetched)",
     )
 
     recipe: str = flag(
@@ -93,11 +97,11 @@ class Config:
     )
     warmup: str | None = flag(
         None,
-        "stage 1: projection = it alone learns, as in the paper; names = a picture's vectors learn to match the "
-        "embedded English name, and the language model does not run; none = skip it",
+        "stage 1: projection = only the projection learns, as in the paper; names = a picture's vectors learn to match "
+        "the embedded English name, and the language model does not run; none = skip it",
         ("projection", "names", "none"),
     )
-    warmup_steps: int | None = flag(None, "steps of stage 1, of those in --steps")
+    warmup_steps: int | None = flag(None, "how many of --steps belong to stage 1")
     steps: int | None = flag(None, "optimizer steps of both stages together")
     warmup_lr: float | None = flag(None, "peak learning rate of stage 1")
     lr: float | None = flag(None, "peak learning rate of the projection in stage 2")
@@ -110,7 +114,7 @@ class Config:
     )
     lora_r: int = flag(8, "LoRA's rank r")
     lora_alpha: float = flag(16.0, "numerator of LoRA's factor, alpha / r")
-    lora_dropout: float | None = flag(None, "share of LoRA's input that is dropped in training")
+    lora_dropout: float | None = flag(None, "dropout on LoRA's input")
     lr_warmup: int | None = flag(
         None, "steps of linear warm-up of the learning rate in each stage, before the cosine decay to 0"
     )
@@ -123,15 +127,16 @@ class Config:
     )
     crop: float | None = flag(None, "with --redraw 0 or --mixture: smallest share of a picture's area in a random crop")
     views: int | None = flag(
-        None, "views cached of each picture as the frozen ViT sees it; 0 = run the ViT at every step"
+        None,
+        "redrawn views of each picture whose ViT features are computed once and kept; 0 = run the ViT at every step",
     )
     noise: float | None = flag(
         None,
-        "with --views: Gaussian noise on what the ViT sees, up to this times its standard deviation over all pictures",
+        "with --views: Gaussian noise on the ViT's features, up to this many of their standard deviations",
     )
-    seed: int = flag(0, "seed of everything random")
+    seed: int = flag(0, "seed of all random choices")
 
-    int8: bool | None = flag(None, "hold the frozen language model in int8, a byte a number", group="the machine")
+    int8: bool | None = flag(None, "hold the frozen language model in int8, one byte a weight", group="the machine")
     vision_dtype: str = flag("fp32", "type of the frozen ViT's weights", tuple(DTYPES))
     bf16: str = flag(
         "auto", "matrix products in bf16 (autocast), weights in fp32: auto = where there are instructions for it",
@@ -140,15 +145,15 @@ class Config:
     checkpointing: bool | None = flag(
         None, "recompute the language model's activations in the backward pass: less memory, more time"
     )
-    workers: int = flag(0, "processes that prepare batches; they cannot change the data")
-    device: str = flag("auto", "auto, cpu or cuda")
+    workers: int = flag(0, "processes that prepare batches; the results do not depend on their number")
+    device: str = flag("auto", "where to compute: auto, cpu or cuda")
 
-    out: str = flag("out", "folder of all runs", group="output")
-    name: str = flag("", "name of this run; without it date, time and languages")
-    resume: str = flag("", "folder of a run to go on with; its config is taken from there")
+    out: str = flag("out", "folder that holds all runs", group="output")
+    name: str = flag("", "name of this run; default: date, time and languages")
+    resume: str = flag("", "go on with the run in this folder, with its stored config")
     save_every: float = flag(120.0, "seconds between checkpoints")
     eval_every: int = flag(500, "steps between looks at the validation slice; 0 = never")
-    eval_pictures: int = flag(20, "pictures a language in each measurement (English: all)")
+    eval_pictures: int = flag(20, "pictures a language in each measurement at the end (English: all)")
 
     def __post_init__(self):
         check_numbers(self)
