@@ -285,9 +285,10 @@ def check(what: str, given, wanted, tolerance: float = 1e-6) -> None:
 
 def blank(given) -> bool:
     """Is an answer, or all of a list of answers, not filled in? A function without a body returns None."""
-    return (
-        given is ... or given is None or (isinstance(given, (list, tuple)) and bool(given) and all(map(blank, given)))
-    )
+    if isinstance(given, (list, tuple, dict)):
+        parts = given.values() if isinstance(given, dict) else given
+        return len(given) > 0 and all(map(blank, parts))
+    return given is ... or given is None
 
 
 def same(given, wanted, tolerance: float) -> bool:

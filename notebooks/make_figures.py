@@ -34,9 +34,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noq
 from PIL import Image  # noqa: E402
 
 from nanomblip.data.decode import load_image  # noqa: E402
-from nanomblip.data.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, picture_split, unit_hash  # noqa: E402
+from nanomblip.data.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, load_names, picture_split, unit_hash  # noqa: E402
 from nanomblip.data.image import image_to_tensor  # noqa: E402
-from nanomblip.data.languages import LANGUAGES  # noqa: E402
+from nanomblip.data.languages import LANGUAGES, script_group  # noqa: E402
 from nanomblip.data.scripts import script_of  # noqa: E402
 from nanomblip.flags import flag, parse_flags, run_main  # noqa: E402
 from nanomblip.measure import ablation_tables, emoji_splits  # noqa: E402
@@ -434,9 +434,13 @@ def draw_run():
         above.text(border * 0.98, 0.98, names[record["config"]["warmup"]], ha="right", color="#9a6700", **top)
     above.text(border + 0.01 * record["steps"], 0.98, "the language model's loss", ha="left", color=BLUE, **top)
     above.set_ylabel("loss", fontsize=11)
-    above.set_ylim(bottom=0)
+    above.set_yscale("log")
+    above.minorticks_off()
+    above.set_yticks((0.1, 0.3, 1, 3, 10), ("0.1", "0.3", "1", "3", "10"))
+    above.set_ylim(top=2.5 * max(value for _, value in record["loss"]), bottom=0.05)  # room for the words
+    count = Counter(script_group(lang) for lang in load_names() if lang != "en")
     groups = [name for name in emoji_splits.Validation.GROUPS if looks[0].get(name) is not None]
-    lines = {"English": "english_exact", **{name.replace("other", "other scripts"): name for name in groups}}
+    lines = {"English": "english_exact", **{f"{name} ({count[name]})": name for name in groups}}
     lines["all but English"] = "other_exact"
     for name, colour in zip(lines, ("black", GREEN, BLUE, ORANGE, RED, PINK, SKY, GREY, "black")):
         mean = name == "all but English"
@@ -446,7 +450,7 @@ def draw_run():
     below.set_ylabel("validation pictures\nnamed exactly (%)", fontsize=11)
     below.set_xlabel("step", fontsize=11)
     below.set_ylim(bottom=0)
-    below.legend(title="languages, by script", title_fontsize=11, fontsize=11, loc="upper left", ncols=2)
+    below.legend(title="by script (number of languages)", title_fontsize=11, fontsize=11, loc="upper left", ncols=2)
     return fig, dict(steps=record["steps"], looks=len(looks), english=looks[-1]["english_exact"],
                      other=looks[-1]["other_exact"])  # fmt: skip
 

@@ -8,16 +8,21 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from nanomblip.data.emoji import HELD_OUT_LANGS
+from nanomblip.data.emoji import HELD_OUT_LANGS, TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, load_names
+from nanomblip.data.languages import LANGUAGES
 from nanomblip.measure import ablation_tables
 from nanomblip.measure.ablation_suites import SUITES, read_records, settings_of
-from nanomblip.training.config import WARMUP_SHARE
+from nanomblip.model.mblip import MBLIP, PRESETS
+from nanomblip.training.config import MACHINE, WARMUP_SHARE, Config, resolve
+from nanomblip.weights.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -89,6 +94,78 @@ def test_the_readmes_numbers_are_those_of_the_code_and_the_records():
     assert ("imitate" in record["config"]) == ("earlier recipe, which trained both" in readme), (
         "whether the shipped weights are of today's recipe"
     )
+
+
+def test_counts_in_the_documents_are_those_of_the_code_and_the_data():
+    emoji, names = load_emoji("core"), load_emoji("all").names
+    notebooks = len(list((ROOT / "notebooks").glob("*.ipynb")))
+    words = {10: "ten", 12: "twelve", 15: "fifteen"}  # numbers that are written out
+    things, every, langs = (f"{n:,}" for n in (len(emoji.concepts), len(load_emoji("all").concepts), len(emoji.langs)))
+    artists = words[len(TRAIN_ARTISTS) + len(TEST_ARTISTS)]
+    scripts = len({s for lang in emoji.langs for s in LANGUAGES[lang].scripts[:1]})
+    wanted = {
+        "README.md": (
+            f"answering in {langs} languages", f"drawings of {things} things", f"{things} things by {artists} artists",
+            f"names in {langs} languages", f"{words[notebooks].capitalize()} notebooks",
+            f"{words[len(make_figures.LANGS)].capitalize()} [others]",
+            f"in all {langs} languages", f"the other {len(emoji.langs) - 1} languages",
+        ),
+        "data/README.md": (
+            f"{every} things, {artists} artists, {langs} languages", f"({len(emoji.pictures)}, 64, 64, 3), uint8",
+            f"the {things} of them", f"{langs} of mBLIP's {len(LANGUAGES)}, in {scripts} scripts",
+            f"{sum(map(len, load_names().values())):,} names of {len(load_names()['en']):,} concepts in {langs} languages",
+            f"{every} concepts, {sum(len(of) for of in names.values()):,} names",
+            f"{sum(len(of) for of in emoji.names.values()):,} names.",
+            f"| pictures, train | the rest of the eight artists | {len(emoji.cells_in('train')):,} |",
+            f"| hash in 0.10-0.13 | {len(emoji.cells_in('val'))} |", f"| hash below 0.10 | {len(emoji.cells_in('test'))} |",
+            f"| OpenMoji and Streamline | {len(emoji.cells_in('artist'))} |",
+        ),
+        "notebooks/README.md": (f'answers in {langs} languages"', f"in {scripts} scripts"),
+        "weights/README.md": (f"a drawing in {langs} languages",),
+    }  # fmt: skip
+    for name, phrases in wanted.items():
+        for words_ in phrases:
+            assert words_ in read(name), (name, words_)
+    for file, size in re.findall(r"^\| `([\w.]+)` \| ([\d,]+) \|", read("data/README.md"), re.M):
+        assert f"{(ROOT / 'data' / file).stat().st_size:,}" == size, file
+    for folder, size in re.findall(r"^\| `(nano/\w+)` \|.*?\| [\d,]+ \| ([\d.]+) \|", read("weights/README.md"), re.M):
+        assert f"{(ROOT / 'weights' / folder / 'model.safetensors').stat().st_size / 1e6:.1f}" == size, folder
+
+
+def test_what_the_official_size_costs_is_said_alike_everywhere():
+    """Gigabytes of fp32 from the shapes, and the peak of memory from the table of the benchmark, which is in MiB."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MBLIP(PRESETS["mblip-mt0-xl"]).parameters())
+    peaks = re.findall(r"^\| .+ \| [\d.+ ]+ \| (\d,\d{3}) \|$", read("tests/PERFORMANCE.md"), re.M)
+    fp32, peak = f"{4 * parameters / 1e9:.1f} GB", f"{max(int(p.replace(',', '')) for p in peaks) * 2**20 / 1e9:.1f} GB"
+    assert len(peaks) >= 3
+    for name in ("README.md", "weights/OFFICIAL.md"):
+        assert fp32 in read(name) and re.search(rf"peaks at {peak}", read(name)), (name, fp32, peak)
+    assert fp32 in read("tests/PERFORMANCE.md") and f"{parameters:,}" in read("weights/OFFICIAL.md")
+
+
+def test_the_curves_of_a_run_are_of_the_shipped_recipe():
+    """Whatever run is shown, its flags are train.py's defaults but for how often it looks."""
+    config = read("weights/records/run.json")["config"]
+    free = {*MACHINE, "eval_every", "eval_pictures", "seed"}
+    today = asdict(resolve(Config(), parameters=0))
+    assert {k: v for k, v in config.items() if k not in free} == {k: v for k, v in today.items() if k not in free}
+
+
+def test_curves_are_thinned_by_means_and_stages_stay_apart(tmp_path):
+    steps, border = 1000, 680
+    write_json(tmp_path / "train.json", dict(warmup_steps=border))
+    (tmp_path / "loss.csv").write_text("step,loss\n" + "".join(f"{i},{9 if i <= border else 1}\n" for i in range(1, steps + 1)))
+    (tmp_path / "validation.csv").write_text("step,english_exact,Latin\n500,0.5,\n")
+    found = make_figures.curves_of(tmp_path)
+    assert len(found["loss"]) <= make_figures.POINTS and found["steps"] == steps
+    assert all(value == (9 if at <= border else 1) for at, value in found["loss"])
+    assert found["validation"] == [dict(step=500.0, english_exact=0.5, Latin=None)]
+    (tmp_path / "validation.csv").write_text("step,english_exact\n")
+    with pytest.raises(ValueError, match="never looked"):
+        make_figures.curves_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no train.json"):
+        make_figures.curves_of(tmp_path / "none")
 
 
 def test_the_example_is_what_the_figures_script_found():

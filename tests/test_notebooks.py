@@ -191,7 +191,8 @@ def test_the_first_cell_says_what_is_missing(tmp_path, monkeypatch, capsys):
 def test_checks_and_intervals(capsys):
     for given, wanted, said in (
         (..., 3, "still blank"), (3, 3, "right"), (4, 3, "not yet"), ("3", 3, "not yet"), ("3", 3.0, "not yet"),
-        ([None, ...], [0.5, 1], "still blank"), ([0.5, 1], [0.5, 1], "right"), ([0.5], [0.5, 1], "not yet"),
+        ([None, ...], [0.5, 1], "still blank"), ({"a": ...}, {"a": 1}, "still blank"), ([0.5, 1], [0.5, 1], "right"),
+        ([0.5], [0.5, 1], "not yet"),
         ([0.5, None], [0.5, 1], "not yet"), ({"en": 0.5 + 1e-9}, {"en": 0.5}, "right"), ({}, {"en": 0.5}, "not yet"),
         (torch.tensor(0.5), 0.5, "right"), (0.5, torch.tensor(0.5), "right"), (3.0, 3, "right"),
         (torch.ones(2), torch.ones(1, 2), "not yet"), (0.5, torch.ones(2), "not yet"), (None, None, "still blank"),
