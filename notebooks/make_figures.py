@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 
 def save(fig, path: Path) -> None:
-    """A figure as a PNG of 256 colours, a quarter of the size; what is nearly white in the drawings becomes white."""
+    """Write a figure as a PNG of 256 colours, a quarter of the size; what is nearly white becomes white."""
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=DPI, facecolor="white")
     plt.close(fig)
@@ -119,7 +119,8 @@ def save(fig, path: Path) -> None:
     image = Image.fromarray(pixels)
     palette = image.quantize(255, method=Image.Quantize.MAXCOVERAGE)
     image = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-    image.putpalette([*palette.getpalette()[: 3 * 255], 255, 255, 255])
+    colours = palette.getpalette()[: 3 * 255]
+    image.putpalette([*colours, *[0] * (3 * 255 - len(colours)), 255, 255, 255])  # number 255 is white
     image.paste(255, mask=Image.fromarray(white))
     write_atomic(path, lambda temporary: image.save(temporary, "PNG", optimize=True))
 

@@ -76,6 +76,20 @@ def test_what_is_committed_is_clean(path):
                 assert output.metadata["image/png"]["alt"], f"cell {number}: a figure without a text for it"
 
 
+def test_interactive_cells_are_pictures_where_no_kernel_runs():
+    """Stored is what was drawn once: a PNG with its text, and no widget that needs a kernel."""
+    found = []
+    for path in SOURCES:
+        notebook = committed(path)
+        assert "widgets" not in notebook.metadata
+        for cell in notebook.cells:
+            if cell.cell_type == "code" and re.search(r"^interact\(", cell.source, re.M):
+                kinds = [set(output.get("data", ())) for output in cell.outputs if output.output_type == "display_data"]
+                assert kinds == [{"image/png", "text/plain"}]
+                found.append(path.stem)
+    assert found == ["00_tour", "05_gluing"]
+
+
 @each_source
 def test_each_is_a_lesson(path):
     text = path.read_text(encoding="utf-8")
