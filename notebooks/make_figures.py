@@ -451,7 +451,7 @@ def draw_run():
     below.set_ylabel("validation pictures\nnamed exactly (%)", fontsize=11)
     below.set_xlabel("step", fontsize=11)
     below.set_ylim(bottom=0)
-    below.legend(title="by script (number of languages)", title_fontsize=11, fontsize=11, loc="upper left", ncols=2)
+    below.legend(title="by script (number of languages)", title_fontsize=11, fontsize=11, loc="lower right", ncols=3)
     return fig, dict(steps=record["steps"], looks=len(looks), english=looks[-1]["english_exact"],
                      other=looks[-1]["other_exact"])  # fmt: skip
 
