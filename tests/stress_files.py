@@ -34,7 +34,8 @@ from nanomblip.measure.benchmarks import read_benchmark
 from nanomblip.model.lora import add_lora, lora_layers
 from nanomblip.weights import hub
 from nanomblip.weights.adapter import load_adapter, save_adapter
-from nanomblip.weights.load import INDEX, SINGLE, load_mblip, load_mt5
+from nanomblip.weights.files import INDEX, SINGLE
+from nanomblip.weights.load import load_mblip, load_mt5
 from nanomblip.weights.records import RECORD, write_record
 from nanomblip.weights.save import save_mblip, save_mt5, save_trained
 
