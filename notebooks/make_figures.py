@@ -46,7 +46,9 @@ from nanomblip.weights.files import read_json, write_atomic, write_json  # noqa:
 
 FIGURES = ROOT / "notebooks/figures"
 DPI = 220  # eight inches are 1,760 pixels, shown at half of that
-EXAMPLE = "wolf.png"  # in data/; data/build_emoji.py draws it
+# In data/; data/build_emoji.py draws it. Of the held-out animals it was the first of those with the most languages right
+# under the weights before these (`find_example`); it is not chosen again for each new training.
+EXAMPLE = "wolf.png"
 SIX = ("sw", "ru", "ar", "hi", "th", "ja")  # languages of the hero figure, in six scripts
 DOZEN = ("en", "el", "ru", "iw", "ar", "hi", "ta", "th", "km", "ka", "ko", "zh")
 LANGS = ("sw", "de", "ru", "ar", "hi", "bn", "th", "ja", "ko", "ka", "tr", "yo")  # of the twelve captions
@@ -226,20 +228,25 @@ def picture(ax, image, x, y, size) -> None:
     ax.autoscale(False)
 
 
+def name_file(nano: lib.Nano, image, cell: tuple[str, str]):
+    """What the ViT and the language model see of an image, and what is written in every language: features (1, 1, N,
+    Dv), vectors (1, Q, D), language -> answer, language -> whether it is a name of the cell's concept."""
+    features = nano.model.image_features(image_to_tensor(image, nano.image)[None, None])
+    vectors = nano.model.image_tokens(features)
+    langs, p = list(nano.emoji.names), nano.where[cell]
+    answers = dict(zip(langs, nano.write(vectors.expand(len(langs), -1, -1), langs, decoding=DECODING["caption"])))
+    return features, vectors, answers, {lang: nano.right(p, lang, text) for lang, text in answers.items()}
+
+
 def draw_hero():
     """From a picture to answers in six scripts: what each part hands to the next, what is frozen, what is trained."""
     nano = lib.Nano()
     image = load_image(ROOT / "data" / EXAMPLE)
     best = find_example(nano)
-    count, cell, english = best[0]
-    if Path(EXAMPLE).stem != english.replace(" ", "_"):
-        raise ValueError(f"EXAMPLE is {EXAMPLE}, but {english} by {cell[1]} ({cell[0]}) has the most languages right: "
-                         "name it in EXAMPLE, in data/build_emoji.py and in README.md")  # fmt: skip
-    features = nano.model.image_features(image_to_tensor(image, nano.image)[None, None])
-    vectors = nano.model.image_tokens(features)  # (1, Q, D)
-    langs, p = list(nano.emoji.names), nano.where[cell]
-    answers = dict(zip(langs, nano.write(vectors.expand(len(langs), -1, -1), langs, decoding=DECODING["caption"])))
-    right = {lang: nano.right(p, lang, text) for lang, text in answers.items()}
+    count, cell, english = next(row for row in best if row[2].replace(" ", "_") == Path(EXAMPLE).stem)
+    langs = list(nano.emoji.names)
+    features, vectors, answers, right = name_file(nano, image, cell)
+    *_, cats = name_file(nano, load_image(ROOT / "data/cat.png"), ("1f408", "noto"))
     (reading,) = nano.read(vectors)
     trains_lora = read_json(ROOT / "weights/nano/aligned/record.json")["config"].get("lora", "none") != "none"
 
@@ -293,9 +300,9 @@ def draw_hero():
     credit = f"right in {sum(right.values())} of {len(langs)} languages; drawing: Twemoji, CC BY 4.0"
     write(ax, 7.8, 5.08, credit, 10, ha="right", color="0.35")
     shown = {lang: answers[lang] for lang in SIX}
-    ties = sum(row[0] == count for row in best)
-    return fig, dict(picture=EXAMPLE, artist=cell[1], english=english, in_sheet=count, equal=ties, animals=len(best),
-                     right=sum(right.values()), languages=len(langs), answers=shown,
+    as_good = sum(row[0] >= count for row in best) - 1
+    return fig, dict(picture=EXAMPLE, artist=cell[1], english=english, in_sheet=count, as_good=as_good, animals=len(best),
+                     right=sum(right.values()), languages=len(langs), cats=sum(cats.values()), answers=shown,
                      tokens=[token for token, _ in reading])  # fmt: skip
 
 

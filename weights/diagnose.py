@@ -99,7 +99,7 @@ def in_english(model: MBLIP, seeing: MBLIP, tokenizer: Tokenizer, image: ImageCo
 
 @torch.no_grad()
 def losses(model: MBLIP, tokenizer: Tokenizer, image: ImageConfig, emoji: Emoji, names: int) -> dict[str, float]:
-    """What takes the picture's place -> loss of the human names in nats a piece, mean over languages; `names` of each, of the train split."""
+    """What takes the picture's place -> loss of the human names in nats per token, mean over languages; `names` of each, of the train split."""
     concepts, rng = list(emoji.concepts), random.Random(0)
     table = name_table(model, tokenizer, [emoji.names["en"][concept] for concept in concepts])
     index = {concept: i for i, concept in enumerate(concepts)}
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
     for name, row in rows.items():
         print(name.ljust(24) + "".join(f"{100 * row[split]:12.1f}" for split in SPLITS))
     of_names = losses(model, tokenizer, image, emoji, cfg.names)
-    print("\nloss of the human names, nats a piece\n" + "\n".join(f"{name.ljust(24)}{loss:12.3f}" for name, loss in of_names.items()))
+    print("\nloss of the human names, nats per token\n" + "\n".join(f"{name.ljust(24)}{loss:12.3f}" for name, loss in of_names.items()))
     write_json(Path(cfg.out) if cfg.out else Path(cfg.model) / "diagnosis.json",
                dict(config={k: v for k, v in asdict(cfg).items() if k != "out"}, english=rows, losses=of_names, torch=torch.__version__))  # fmt: skip
     return 0

@@ -199,7 +199,7 @@ class Texts:
     fills hidden spans of the Declaration of Human Rights. Every (language, concept) pair occurs, those held out from
     re-alignment included: the language model has read everything, as mT0 has. A `share` of all examples are instructions.
 
-    `loss` float (2 * pairs,) is the running loss of each name in nats a piece, 1 at the start: of writing it, then of reading it,
+    `loss` float (2 * pairs,) is the running loss of each name in nats per token, 1 at the start: of writing it, then of reading it,
     that is of writing the thing's English name instead (a share `read` of the examples). A name is drawn in proportion to it,
     between FLOOR and 1: time goes to what is not known yet (prioritised sampling, Schaul et al. 2016, section 3.3);
     and an English one ENGLISH times as often as that.
@@ -284,7 +284,7 @@ class Texts:
 
         What the language model is to read is (embedded prompt + noise * N(0, 1)) * scale: 0 and 1, but for blurred names (into which `mix_names` mixes others first). These stand where the
         Q vectors of a picture will, one name over Q places as in `warmup.py`, with noise of one deviation up to `blur`, at a length
-        between 0.4 and 1.2 of that of a piece: so are the vectors that a Q-Former reaches (cosine 0.2 to 0.4 with the pieces). seed: of the noise.
+        between 0.4 and 1.2 of that of a token: so are the vectors that a Q-Former reaches (cosine 0.2 to 0.4 with the tokens). seed: of the noise.
 
         Each part has prompts of about the same length, and targets: sorted by the one, then each sixteenth by the other. Without that,
         padding doubles the work. The parts of a batch are of different lengths, so of different tasks.
