@@ -41,7 +41,14 @@ from nanomblip.training.config import CLIP, MACHINE, Config, resolve, resumed_co
 from nanomblip.training.features import CachedFeatures, LiveFeatures, Loader, WorkerDied
 from nanomblip.training.parts import add_checkpointing, mark_trainable, model_parts, parameter_count, parts_table
 from nanomblip.training.saver import Saver
-from nanomblip.training.setup import build_batches, build_in_turn, languages_of, parameters_of, source_folders
+from nanomblip.training.setup import (
+    build_batches,
+    build_in_turn,
+    languages_of,
+    parameters_of,
+    return_memory,
+    source_folders,
+)
 from nanomblip.training.stages import Stage, build_stages, precision, uses_bf16
 from nanomblip.training.state import Interrupt, Log, State, claim
 from nanomblip.weights.files import digest
@@ -51,6 +58,7 @@ def main(argv: list[str]) -> int:
     # Config: from the flags or from the run to resume; what the flags leave open follows from the size of the model.
     # Data: pictures, names and languages.
     cfg, folder = begin(argv)
+    return_memory()
     device = pick_device(cfg.device)
     emoji = load_emoji(cfg.concepts)
     mix, held_out = languages_of(cfg, emoji)

@@ -1,5 +1,6 @@
 """Where a run starts from: languages and examples, and the model that a config describes, loaded and frozen."""
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -28,6 +29,19 @@ from nanomblip.weights.layout import config_from_hf, mt5_config_from_hf, vision_
 from nanomblip.weights.load import load_mblip, load_mt5, load_vision, sizes_of
 
 HERE = Path(__file__).resolve().parents[2]
+
+
+M_MMAP_THRESHOLD, LARGE_TENSOR = -3, 4 << 20  # glibc's name for what mallopt sets; bytes
+
+
+def return_memory() -> None:
+    """Let glibc return large tensors to the system as soon as they are freed. Otherwise it raises this threshold, and
+    keeps what a step has freed in holes that the next step's tensors do not fit. A third of a GB less at nano's size,
+    for a tenth more time."""
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
+    except (AttributeError, OSError, TypeError):  # another libc
+        pass
 
 
 @dataclass
