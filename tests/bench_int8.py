@@ -59,28 +59,25 @@ def seconds(work, rounds: int) -> float:
 
 
 def bench_layers(cfg: Config) -> None:
-    print(f"{torch.get_num_threads()} threads; int_mm {kernels.has_int_mm()}, FBGEMM halves {kernels.fbgemm_halves()}, bf16 {kernels.has_bf16()}")
-    print("milliseconds; plain: as the codes are, packed: in FBGEMM's order (with 6 columns of outliers in brackets), back: gradient of the input")
+    print(f"{torch.get_num_threads()} threads; int_mm {kernels.has_int_mm()}, AMX {kernels.has_amx()}, bf16 {kernels.has_bf16()}")
+    print("milliseconds; in brackets: with 6 columns of outliers; back: gradient of the input")
     for shape in cfg.shapes.split(","):
         width, out = map(int, shape.split("x"))
-        copies = max(1, 100_000_000 // (width * out))  # as in a model, the weights are not in the processor's cache
-        linears = [nn.Linear(width, out, bias=False).requires_grad_(False) for _ in range(copies)]
-        plain, packed = ([Int8Linear(linear) for linear in linears] for _ in range(2))
-        start = time.perf_counter()
-        for layer in packed:
-            layer.pack()
-        print(f"{shape}: {linears[0].weight.nbytes / 1e6:.0f} MB in fp32, packed in {(time.perf_counter() - start) / copies * 1e3:.0f} ms")
-        print(f"{'rows':>5}{'fp32':>9}{'plain':>9}{'packed':>9}{'(outliers)':>20}{'back fp32':>12}{'back':>9}")
+        copies = max(1, 400_000_000 // (width * out))  # as in a model, the weights are not in the processor's cache
+        weights = [nn.Linear(width, out, bias=False).requires_grad_(False) for _ in range(max(1, copies // 4))]
+        layers = [Int8Linear(weights[i % len(weights)]) for i in range(copies)]
+        print(f"{shape}: {weights[0].weight.nbytes / 4e6:.0f} MB in int8")
+        print(f"{'rows':>5}{'fp32':>9}{'int8':>9}{'(outliers)':>12}{'back fp32':>12}{'back':>9}")
         for rows in map(int, cfg.rows.split(",")):
             x, g = torch.randn(rows, width).clamp(-5, 5), torch.randn(rows, out)
             y = x.clone()
             y[:, :6] *= 30
-            each = lambda work: seconds(lambda: [work(i) for i in range(copies)], cfg.rounds) / copies * 1e3
+            each = lambda work, many: seconds(lambda: [work(one) for one in many], cfg.rounds) / len(many) * 1e3
             with torch.no_grad():
-                t = [each(lambda i: linears[i](x)), each(lambda i: plain[i].product(x, often=False)), each(lambda i: packed[i](x)),
-                     each(lambda i: plain[i].product(y, often=False)), each(lambda i: packed[i](y)), each(lambda i: g @ linears[i].weight),
-                     each(lambda i: kernels.input_gradient(g, plain[i].weight, plain[i].SCB))]  # fmt: skip
-            print(f"{rows:>5}{t[0]:>9.2f}{t[1]:>9.2f}{t[2]:>9.2f}{f'({t[3]:.2f} {t[4]:.2f})':>20}{t[5]:>12.2f}{t[6]:>9.2f}", flush=True)
+                t = [each(lambda linear: linear(x), weights), each(lambda layer: layer(x), layers), each(lambda layer: layer(y), layers),
+                     each(lambda linear: g @ linear.weight, weights),
+                     each(lambda layer: kernels.input_gradient(g, layer.weight, layer.SCB), layers)]  # fmt: skip
+            print(f"{rows:>5}{t[0]:>9.2f}{t[1]:>9.2f}{f'({t[2]:.2f})':>12}{t[3]:>12.2f}{t[4]:>9.2f}", flush=True)
     bench_errors()
 
 
@@ -96,11 +93,10 @@ def bench_errors() -> None:
             x[:, torch.randperm(2048)[:outliers]] *= 20
             theirs = bitsandbytes.nn.Linear8bitLt(2048, 5120, bias=False, has_fp16_weights=False, threshold=6.0)
             theirs.load_state_dict(linear.state_dict())
-            theirs, packed = theirs.to("cpu").eval(), Int8Linear(linear)
-            packed.pack()
+            theirs = theirs.to("cpu").eval()
             with torch.no_grad():
                 exact = linear(x)
-                for name, y in dict(ours=Int8Linear(linear)(x), packed=packed(x), bitsandbytes=theirs(x.half()).float()).items():
+                for name, y in dict(ours=Int8Linear(linear)(x), bitsandbytes=theirs(x.half()).float()).items():
                     errors.setdefault(name, []).append(((y - exact).norm() / exact.norm()).item())
         print(f"{outliers:>3} columns: " + ", ".join(f"{name} {sum(e) / len(e):.5f}" for name, e in errors.items()))
 

@@ -79,47 +79,14 @@ class Int8Linear(nn.Module):
             raise ValueError(f"int8 threshold {threshold}: at least 0")
         self.out_features, self.in_features = weight.shape
         self.threshold = threshold
-        self._buffers["weight"] = (
-            weight  # not by register_buffer, which takes the property below for another thing of this name
-        )
+        self.register_buffer("weight", weight)  # CB: int8 (out, in)
         self.register_buffer("SCB", SCB)
         self.register_buffer("bias", bias)
-        self.packed, self.short_rows = (
-            None,
-            0,
-        )  # the codes in FBGEMM's order, instead of `weight`; rows that would have liked it
         self.columns = {}  # see `short_product`
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """CB: int8 (out, in)."""
-        if self.packed is not None:
-            self.replace(kernels.unpack(self.packed), self.SCB)
-        return self._buffers["weight"]
 
     def replace(self, weight: torch.Tensor, SCB: torch.Tensor) -> None:
         """Compute with other codes and scales from now on."""
-        self.packed, self.short_rows, self.columns = None, 0, {}
-        self._buffers["weight"], self.SCB = weight, SCB
-
-    def pack(self) -> None:
-        """Keep the codes in FBGEMM's order until `weight` is asked for; nothing happens where FBGEMM is missing."""
-        if (
-            self.packed is None
-            and kernels.fbgemm_halves()
-            and self.in_features > 1
-            and self._buffers["weight"].device.type == "cpu"
-        ):
-            self.packed = kernels.pack(self._buffers["weight"])
-            self._buffers["weight"] = None
-
-    def _save_to_state_dict(self, *args):
-        self.weight  # so that it is in the file
-        super()._save_to_state_dict(*args)
-
-    def _apply(self, *args, **kwargs):
-        self.weight  # so that it moves to another device with the rest
-        return super()._apply(*args, **kwargs)
+        self.weight, self.SCB, self.columns = weight, SCB, {}
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the layer computes with: (out, in)."""
@@ -131,16 +98,10 @@ class Int8Linear(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def product(self, x: torch.Tensor, often: bool = True) -> torch.Tensor:
-        """x (M, in) -> (M, out) without the bias; often: may more such products follow before `weight` is asked for?"""
-        few = len(x) <= kernels.FEW_ROWS
-        if kernels.path == "fast" and often and self.packed is None and few:
-            self.short_rows += len(x)
-            if self.short_rows > kernels.PACK_AFTER:
-                self.pack()
-        if kernels.path == "fast" and (self.packed is not None or (few and x.device.type == "cpu")):
-            codes = self.weight if self.packed is None else self.packed
-            return short_product(x, codes, self.SCB, self.threshold, self.columns)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (M, in) -> (M, out), without the bias."""
+        if kernels.path == "fast" and len(x) <= kernels.FEW_ROWS and x.device.type == "cpu":
+            return short_product(x, self.weight, self.SCB, self.threshold, self.columns)
         return int8_product(x, self.weight, self.SCB, self.threshold)
 
     def extra_repr(self) -> str:
@@ -153,7 +114,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return layer.product(x, often=False)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, grad):  # (M, out)
@@ -196,18 +157,20 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
 
 
 def short_product(
-    x: torch.Tensor, codes, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
 ) -> torch.Tensor:
-    """`int8_product` for few rows or packed codes; columns: the outliers' columns that the layer keeps.
+    """`int8_product` for few rows, which waits for the weight's bytes alone; columns: those that the layer keeps.
 
-    Of many outliers no column is taken: their part of x is said in three int8 digits instead, each the rounded rest of
-    what the digits before could not say. Half a 127^3th of a row's largest number is as exact as fp32.
+    To take the outliers' columns out of the weight takes longer than the product itself. As they are always the same
+    few, the layer keeps them. Of many outliers no column is taken: their part of x is said in three int8 digits
+    instead, each the rounded rest of what the digits before could not say, as more rows of the same product. Half a
+    127^3th of a row's largest number is as exact as fp32.
     """
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
     outlier = find_outliers(x, threshold)  # (in,)
     where = outlier.nonzero()[:, 0]
-    parts = [quantize_rows(x.masked_fill(outlier, 0))]  # pairs of codes and row scales
+    parts = [quantize_rows(x.masked_fill(outlier, 0))]  # codes and row scales, whose sum says x
     if len(where) > kernels.MANY_OUTLIERS:
         rest = x.float().masked_fill(~outlier, 0)
         for _ in range(3):
@@ -215,7 +178,11 @@ def short_product(
             parts.append((q, row_scale))
             rest = rest - q * (row_scale / 127)[:, None]
         where = where[:0]
-    return kernels.short_product(parts, where, x, codes, scale, columns).to(x.dtype)
+    q, row_scale = (torch.cat(tensors) for tensors in zip(*parts))
+    y = sum(kernels.code_product(q, weight).mul_((row_scale / 127)[:, None]).split(len(x)))  # (M, out)
+    if len(where):
+        y.addmm_(x[:, where].float(), kernels.kept_columns(weight, where, columns).float())
+    return y.mul_(scale / 127).to(x.dtype)
 
 
 def quantize_linears(model: nn.Module, skip: tuple[str, ...] = (), threshold: float = THRESHOLD) -> int:
