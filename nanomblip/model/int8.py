@@ -15,6 +15,8 @@ The sum of codes q_x CB^T is where the time goes, and it is exact. The fast ways
 the bit, are in int8_kernels.py; `int8_path("reference")` takes the readable one everywhere.
 """
 
+from math import inf
+
 import torch
 import torch.nn as nn
 
@@ -29,11 +31,11 @@ def quantize_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A row of zeros stays zeros. ValueError where a number is not finite.
     """
     scale = w.abs().amax(1).float()  # (R,)
-    if not scale.isfinite().all():
+    if len(scale) and not scale.amax().item() < inf:
         raise ValueError(
             f"int8: {(~scale.isfinite()).sum().item()} of {len(scale)} rows hold a number that is not finite"
         )
-    steps = torch.where(scale > 1e-36, 127.0 / scale, 0.0)  # below, 127 / scale is infinite
+    steps = 127 / scale.clamp(min=1e-36)  # of less, 127 / scale would be infinite
     return (w * steps[:, None]).round_().to(torch.int8), scale
 
 
@@ -75,7 +77,7 @@ class Int8Linear(nn.Module):
 
     def _set(self, weight, SCB, bias, threshold):
         super().__init__()
-        if not 0 <= threshold < float("inf"):
+        if not 0 <= threshold < inf:
             raise ValueError(f"int8 threshold {threshold}: at least 0")
         self.out_features, self.in_features = weight.shape
         self.threshold = threshold
@@ -129,12 +131,12 @@ def find_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
     and o).
     """
     largest = x.abs().amax(0)
-    if not largest.isfinite().all():
+    if not largest.amax().item() < inf:
         raise ValueError(
             f"int8: {(~largest.isfinite()).sum().item()} of {len(largest)} inputs hold a number that is not finite"
         )
     outlier = largest >= threshold
-    return outlier | (2 * outlier.sum() > len(outlier))
+    return outlier if 2 * outlier.sum().item() <= len(outlier) else torch.ones_like(outlier)
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -178,8 +180,10 @@ def short_product(
             parts.append((q, row_scale))
             rest = rest - q * (row_scale / 127)[:, None]
         where = where[:0]
-    q, row_scale = (torch.cat(tensors) for tensors in zip(*parts))
-    y = sum(kernels.code_product(q, weight).mul_((row_scale / 127)[:, None]).split(len(x)))  # (M, out)
+    q, row_scale = (torch.cat(tensors) for tensors in zip(*parts)) if len(parts) > 1 else parts[0]
+    y = kernels.code_product(q, weight).mul_((row_scale / 127)[:, None])  # (M, out), or of four parts (4 M, out)
+    if len(parts) > 1:
+        y = y.unflatten(0, (len(parts), len(x))).sum(0)
     if len(where):
         y.addmm_(x[:, where].float(), kernels.kept_columns(weight, where, columns).float())
     return y.mul_(scale / 127).to(x.dtype)

@@ -48,14 +48,14 @@ def code_product(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return y.float()
     int_mm = q.device.type == "cpu" and has_int_mm() and q.shape[1] > 1  # of one column torch 2.13 makes nonsense
     if int_mm and has_amx() and len(q) <= FEW_ROWS:
-        block, product = max(1, 2**20 // q.shape[1]), lambda part: torch._int_mm(part, q.T).T  # a megabyte at a time
-    elif int_mm:
-        block, product = max(BLOCK, 2**22 // len(q)), lambda part: torch._int_mm(q, part.T)  # sums stay in the cache
-    else:
-        block, product = BLOCK if len(q) > FEW_ROWS else BLOCK // 4, lambda part: _float_product(q, part)
+        parts = weight.split(max(1, 2**20 // q.shape[1]))  # of a megabyte
+        sums = torch.cat([torch._int_mm(part, q.T) for part in parts])  # (out, M)
+        return sums.T.to(torch.float32, memory_format=torch.contiguous_format)
+    block = max(BLOCK, 2**22 // len(q)) if int_mm else BLOCK if len(q) > FEW_ROWS else 256  # what stays in the cache
     y = torch.empty(len(q), len(weight), device=q.device)
     for start in range(0, len(weight), block):
-        y[:, start : start + block] = product(weight[start : start + block])
+        part = weight[start : start + block]
+        y[:, start : start + block] = torch._int_mm(q, part.T) if int_mm else _float_product(q, part)
     return y
 
 
