@@ -48,8 +48,8 @@ def code_product(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return y.float()
     int_mm = q.device.type == "cpu" and has_int_mm() and q.shape[1] > 1  # of one column torch 2.13 makes nonsense
     if int_mm and has_amx() and len(q) <= FEW_ROWS:
-        parts = weight.split(max(1, 2**20 // q.shape[1]))  # of a megabyte
-        sums = torch.cat([torch._int_mm(part, q.T) for part in parts])  # (out, M)
+        qT, parts = q.T, weight.split(max(1, 2**20 // q.shape[1]))  # of a megabyte
+        sums = torch.cat([torch._int_mm(part, qT) for part in parts])  # (out, M)
         return sums.T.to(torch.float32, memory_format=torch.contiguous_format)
     block = max(BLOCK, 2**22 // len(q)) if int_mm else BLOCK if len(q) > FEW_ROWS else 256  # what stays in the cache
     y = torch.empty(len(q), len(weight), device=q.device)
@@ -103,7 +103,8 @@ def kept_columns(weight: torch.Tensor, where: torch.Tensor, columns: dict[int, t
     if len(columns) + len(new) > MOST_COLUMNS:
         columns.clear()
         new = wanted
-    columns |= {i: weight[:, i].contiguous() for i in new}
+    if new:  # all at once: each would pass over the whole weight
+        columns |= zip(new, weight.index_select(1, torch.tensor(new)).T.contiguous())
     return torch.stack([columns[i] for i in wanted])
 
 
