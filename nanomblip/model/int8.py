@@ -147,11 +147,11 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
     if outlier.all():
         y = torch.zeros(len(x), len(scale), device=x.device)  # (M, out)
     else:
-        q, row_scale = quantize_rows(x.masked_fill(outlier, 0))  # (M, in), (M,)
+        q, row_scale = quantize_rows(x * ~outlier)  # (M, in), (M,)
         y = kernels.code_product(q, weight).mul_((row_scale / 127)[:, None])  # (M, out)
     if outlier.any():
         where = outlier.nonzero()[:, 0]
-        x_out = x[:, where].float()  # (M, outliers)
+        x_out = x.index_select(1, where).float()  # (M, outliers)
         block = max(kernels.BLOCK, 2**22 // max(x_out.shape))
         for start in range(0, len(weight), block):
             y[:, start : start + block].addmm_(x_out, weight[start : start + block].index_select(1, where).float().T)
@@ -172,9 +172,9 @@ def short_product(
         return x.new_zeros(0, len(scale))
     outlier = find_outliers(x, threshold)  # (in,)
     where = outlier.nonzero()[:, 0]
-    parts = [quantize_rows(x.masked_fill(outlier, 0))]  # codes and row scales, whose sum says x
+    parts = [quantize_rows(x * ~outlier)]  # codes and row scales, whose sum says x
     if len(where) > kernels.MANY_OUTLIERS:
-        rest = x.float().masked_fill(~outlier, 0)
+        rest = x.float() * outlier
         for _ in range(3):
             q, row_scale = quantize_rows(rest)
             parts.append((q, row_scale))
@@ -185,7 +185,7 @@ def short_product(
     if len(parts) > 1:
         y = y.unflatten(0, (len(parts), len(x))).sum(0)
     if len(where):
-        y.addmm_(x[:, where].float(), kernels.kept_columns(weight, where, columns).float())
+        y.addmm_(x.index_select(1, where).float(), kernels.kept_columns(weight, where, columns).float())
     return y.mul_(scale / 127).to(x.dtype)
 
 

@@ -51,7 +51,7 @@ def code_product(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         qT, parts = q.T, weight.split(max(1, 2**20 // q.shape[1]))  # of a megabyte
         sums = torch.cat([torch._int_mm(part, qT) for part in parts])  # (out, M)
         return sums.T.to(torch.float32, memory_format=torch.contiguous_format)
-    block = max(BLOCK, 2**22 // len(q)) if int_mm else BLOCK if len(q) > FEW_ROWS else 256  # what stays in the cache
+    block = max(BLOCK, 2**19 // len(q)) if int_mm else BLOCK if len(q) > FEW_ROWS else 256  # what stays in the cache
     y = torch.empty(len(q), len(weight), device=q.device)
     for start in range(0, len(weight), block):
         part = weight[start : start + block]
