@@ -23,6 +23,7 @@ from nanomblip.data.languages import LANGUAGES
 from nanomblip.data.nllb_tokenizer import NLLB_CODES, NLLBTokenizer
 from nanomblip.data.tokenizer import Tokenizer, pad_rows
 from nanomblip.model.generate import Decoding, write
+from nanomblip.model.int8 import Int8Linear
 from nanomblip.model.nllb import translate_tokens
 from nanomblip.weights.files import read_json
 from nanomblip.weights.hub import MODELS, download
@@ -174,6 +175,9 @@ def open_translator(name: str, dtype: str, device: torch.device, legacy: bool = 
         raise ValueError(f"--model {name}: its config.json is of type {kind!r}, neither m2m_100 (NLLB) nor mt5")
     translator = (NLLBTranslator if kind == "m2m_100" else PromptedTranslator)(folder, dtype, device, legacy)
     translator.fingerprint = fingerprint(translator.model, translator.tokenizer)
+    for module in translator.model.modules():
+        if isinstance(module, Int8Linear):
+            module.pack()  # now, and not after some use: a run that goes on must compute as one that never stopped
     return translator
 
 

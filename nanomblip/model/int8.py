@@ -81,14 +81,37 @@ class Int8Linear(nn.Module):
             raise ValueError(f"int8 threshold {threshold}: at least 0")
         self.out_features, self.in_features = weight.shape
         self.threshold = threshold
-        self.register_buffer("weight", weight)  # CB: int8 (out, in)
+        self._buffers["weight"] = weight  # not by register_buffer, which takes the property below for something else
         self.register_buffer("SCB", SCB)
         self.register_buffer("bias", bias)
+        self.packed, self.short_rows = None, 0  # codes that `pack` made of `weight`; rows that would have liked them
         self.columns = {}  # see `short_product`
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """CB: int8 (out, in)."""
+        if self.packed is not None:
+            self.replace(kernels.unpack(self.packed), self.SCB)
+        return self._buffers["weight"]
 
     def replace(self, weight: torch.Tensor, SCB: torch.Tensor) -> None:
         """Compute with other codes and scales from now on."""
-        self.weight, self.SCB, self.columns = weight, SCB, {}
+        self.packed, self.short_rows, self.columns = None, 0, {}
+        self._buffers["weight"], self.SCB = weight, SCB
+
+    def pack(self) -> None:
+        """Keep the codes in the order that few rows like best, if there is one, until `weight` is asked for."""
+        codes = self._buffers["weight"]
+        if codes is not None and codes.device.type == "cpu" and self.in_features > 1 and kernels.wants_packed():
+            self._buffers["weight"], self.packed = None, kernels.pack(codes)
+
+    def _save_to_state_dict(self, *args):
+        self.weight  # so that it is in the file
+        super()._save_to_state_dict(*args)
+
+    def _apply(self, *args, **kwargs):
+        self.weight  # so that it moves to another device with the rest
+        return super()._apply(*args, **kwargs)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the layer computes with: (out, in)."""
@@ -100,10 +123,16 @@ class Int8Linear(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, in) -> (M, out), without the bias."""
-        if kernels.path == "fast" and len(x) <= kernels.FEW_ROWS and x.device.type == "cpu":
-            return short_product(x, self.weight, self.SCB, self.threshold, self.columns)
+    def product(self, x: torch.Tensor, often: bool = True) -> torch.Tensor:
+        """x (M, in) -> (M, out), no bias added; often: may more such products follow before `weight` is asked for?"""
+        few = len(x) <= kernels.FEW_ROWS
+        if kernels.path == "fast" and often and few:
+            self.short_rows += len(x)
+            if self.short_rows > kernels.PACK_AFTER:
+                self.pack()
+        if kernels.path == "fast" and (self.packed is not None or (few and x.device.type == "cpu")):
+            codes = self.weight if self.packed is None else self.packed
+            return short_product(x, codes, self.SCB, self.threshold, self.columns)
         return int8_product(x, self.weight, self.SCB, self.threshold)
 
     def extra_repr(self) -> str:
@@ -116,7 +145,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return layer.product(x)
+        return layer.product(x, often=False)
 
     @staticmethod
     def backward(ctx, grad):  # (M, out)
@@ -159,9 +188,10 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
 
 
 def short_product(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
+    x: torch.Tensor, codes, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
 ) -> torch.Tensor:
-    """`int8_product` for few rows, which waits for the weight's bytes alone; columns: those that the layer keeps.
+    """`int8_product` for few rows, which waits for the weight's bytes alone; codes: the weight, packed or not; columns:
+    those that the layer keeps.
 
     To take the outliers' columns out of the weight takes longer than the product itself. As they are always the same
     few, the layer keeps them. Of many outliers no column is taken: their part of x is said in three int8 digits
@@ -181,11 +211,11 @@ def short_product(
             rest = rest - q * (row_scale / 127)[:, None]
         where = where[:0]
     q, row_scale = (torch.cat(tensors) for tensors in zip(*parts)) if len(parts) > 1 else parts[0]
-    y = kernels.code_product(q, weight).mul_((row_scale / 127)[:, None])  # (M, out), or of four parts (4 M, out)
+    y = kernels.code_product(q, codes).mul_((row_scale / 127)[:, None])  # (M, out), or of four parts (4 M, out)
     if len(parts) > 1:
         y = y.unflatten(0, (len(parts), len(x))).sum(0)
     if len(where):
-        y.addmm_(x.index_select(1, where).float(), kernels.kept_columns(weight, where, columns).float())
+        y.addmm_(x.index_select(1, where).float(), kernels.kept_columns(codes, where, x.shape[1], columns).float())
     return y.mul_(scale / 127).to(x.dtype)
 
 

@@ -6,22 +6,29 @@ The sum of codes is exact, so different processors can compute it in different w
 - Few rows (a model writing text, one row a beam) wait for the weight's bytes alone. With AMX oneDNN reads them at the
   speed of the memory if it is asked for weight q_x^T, the weight first, a megabyte at a time: so they stay in their
   plain order. Asked for q_x weight^T it first reorders the weight, at each call.
-- More rows (training, an encoder) and processors with VNNI but without AMX: q_x weight^T by oneDNN.
+- Without AMX FBGEMM's int8 kernel, which torch ships for x86, reads few rows' weight once, from an order of its own. To
+  put the codes into that order costs what it saves in about a hundred products, so a layer does it when it has been
+  asked for few rows often enough. It then keeps no others: memory stays a byte a number. Whoever asks for `weight` (a
+  backward pass, a file) gets the codes back.
+- More rows (training, an encoder), with VNNI: q_x weight^T by oneDNN.
 - Elsewhere fp32 products, over 1,024 columns at a time: up to there (127^2 * 1024 < 2^24) fp32 counts exactly as well.
 - On CUDA bitsandbytes' product of the codes.
 
-TABLE
-Without VNNI oneDNN adds pairs of products in 16 bits, which overflow: it is used only where it has just shown that it
-counts correctly.
+Without VNNI the x86 kernels add pairs of products in 16 bits, which overflow: an operator is used only where it has
+just shown that it counts correctly. FBGEMM can then still do it in two halves, q_x = max(q_x, 0) - max(-q_x, 0), each
+with 7 bits.
 """
 
+import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 BLOCK = 1024  # outputs whose weights are converted at a time: a few MB, so that no float copy of a weight ever exists
 FEW_ROWS = 64  # up to here a product waits for the bytes of the weight
+PACK_AFTER = 150  # a layer packs its codes when products of so few rows have had so many rows together
 MANY_OUTLIERS, MOST_COLUMNS = 64, 256  # columns in one product, columns that a layer keeps
 
 path = "fast"
@@ -40,8 +47,11 @@ def int8_path(name: str):
         path = before
 
 
-def code_product(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """q int8 (M, in), weight int8 (out, in) -> q weight^T as float32 (M, out): the exact sum, rounded once."""
+def code_product(q: torch.Tensor, weight) -> torch.Tensor:
+    """q int8 (M, in), weight int8 (out, in), packed or not -> q weight^T as float32 (M, out): the exact sum, rounded
+    once."""
+    if not isinstance(weight, torch.Tensor):
+        return _fbgemm_product(q, weight, fbgemm_halves())
     if path == "reference":
         return (q.to(torch.int32) @ weight.to(torch.int32).T).float()
     if q.is_cuda and (y := _bitsandbytes_product(q, weight)) is not None:
@@ -96,15 +106,68 @@ def has_amx() -> bool:
         return False
 
 
-def kept_columns(weight: torch.Tensor, where: torch.Tensor, columns: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Columns `where` of an int8 weight (out, in): int8 (len(where), out), from `columns` or put there."""
+def wants_packed() -> bool:
+    """Is there an order that few rows like better than the plain one?"""
+    return not (has_int_mm() and has_amx()) and fbgemm_halves() > 0
+
+
+def pack(weight: torch.Tensor):
+    """int8 (out, in) -> the same codes in FBGEMM's order, an opaque object."""
+    with warnings.catch_warnings():  # torch means to replace its quantised tensors, in a version that is not out yet
+        warnings.simplefilter("ignore")
+        return torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
+
+
+def unpack(packed) -> torch.Tensor:
+    """The int8 (out, in) that `pack` was given."""
+    return torch.ops.quantized.linear_unpack(packed)[0].int_repr()
+
+
+def _fbgemm_product(q, packed, halves: int):
+    """q int8 (M, in) times packed codes: float32 (M, out), the exact sums.
+
+    FBGEMM takes floats and rounds them to 256 steps between the smallest and the largest of them all. One more row sees
+    to it that these steps are the whole numbers, so that codes stay what they are.
+    """
+    low, high = (-127.0, 128.0) if halves == 1 else (0.0, 255.0)
+    rows = torch.cat([q.float()] if halves == 1 else [q.clamp(min=0).float(), (-q).clamp(min=0).float()])
+    ends = rows.new_zeros(1, rows.shape[1])
+    ends[0, 0], ends[0, 1] = low, high
+    y = torch.ops.quantized.linear_dynamic(torch.cat([rows, ends]), packed)[:-1]
+    return y if halves == 1 else y[: len(q)] - y[len(q) :]
+
+
+@lru_cache
+def fbgemm_halves() -> int:
+    """How FBGEMM counts correctly here: 1 = as it is (with VNNI), 2 = in two halves (without), 0 = not at all."""
+    q = torch.tensor([[127], [-127]], dtype=torch.int8).expand(2, 64)
+    try:
+        packed = pack(torch.full((64, 64), 127, dtype=torch.int8))
+        for halves in (1, 2):
+            if (_fbgemm_product(q, packed, halves) == 127 * 64 * q[:, :1].float()).all():
+                return halves
+    except (AttributeError, RuntimeError):
+        pass
+    return 0
+
+
+def kept_columns(weight, where: torch.Tensor, width: int, columns: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Columns `where` of an int8 weight (out, width), packed or not: int8 (len(where), out), from `columns` or put there.
+
+    Packed codes give a column as a product with a row that is 1 there and 0 elsewhere.
+    """
     wanted = where.tolist()
     new = [i for i in wanted if i not in columns]
     if len(columns) + len(new) > MOST_COLUMNS:
         columns.clear()
         new = wanted
     if new:  # all at once: each would pass over the whole weight
-        columns |= zip(new, weight.index_select(1, torch.tensor(new)).T.contiguous())
+        at = torch.tensor(new)
+        if isinstance(weight, torch.Tensor):
+            found = weight.index_select(1, at).T.contiguous()
+        else:
+            found = code_product(F.one_hot(at, width).to(torch.int8), weight).to(torch.int8)
+        columns |= zip(new, found)
     return torch.stack([columns[i] for i in wanted])
 
 

@@ -1,5 +1,7 @@
 """int8.py against bitsandbytes, against the unrounded product, and with LoRA around it."""
 
+import copy
+import ctypes
 import os
 import subprocess
 import sys
@@ -94,6 +96,12 @@ def test_every_path_is_the_reference(monkeypatch, rows, threshold, outliers):
                 force.setattr(kernels, "has_amx", lambda: amx)
                 layer = Int8Linear(linear, threshold)
                 assert close(layer(x)) and close(layer(x)), kind  # the second time with the columns that it kept
+                for halves in range(1, 3) if kernels.fbgemm_halves() == 1 else ():
+                    force.setattr(kernels, "fbgemm_halves", lambda: halves)
+                    packed = Int8Linear(linear, threshold)
+                    packed.pack()
+                    assert (packed.packed is None) == (kind == "AMX") and close(packed(x)), (kind, halves)
+                    force.setattr(kernels, "fbgemm_halves", lambda: 1)
 
 
 def worst(K):
@@ -102,6 +110,26 @@ def worst(K):
     q[1] = -127
     q[2, ::2] = -127
     return q, torch.full((40, K), 127, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("isa", [1, 2])  # AVX2, and AVX-512 without VNNI
+def test_without_vnni_fbgemm_counts_in_halves(isa):
+    try:
+        force = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so")._ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE
+    except (OSError, AttributeError):
+        pytest.skip("this torch has no FBGEMM, or does not let its instruction set be chosen")
+    if isa == 2 and not torch.cpu._is_avx512_supported():
+        pytest.skip("no AVX-512 here")
+    force(isa)
+    kernels.fbgemm_halves.cache_clear()
+    try:
+        assert kernels.fbgemm_halves() == 2
+        q, weight = worst(512)
+        assert torch.equal(kernels._fbgemm_product(q, kernels.pack(weight), 2), (q.int() @ weight.int().T).float())
+        assert not torch.equal(kernels._fbgemm_product(q, kernels.pack(weight), 1), (q.int() @ weight.int().T).float())
+    finally:
+        force(0)
+        kernels.fbgemm_halves.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
@@ -126,6 +154,8 @@ def test_worst_cases_are_counted_correctly():
         q, weight = worst(K)
         exact = (q.int() @ weight.int().T).float()
         assert torch.equal(kernels.code_product(q, weight), exact) and torch.equal(kernels._float_product(q, weight).float(), exact)
+        if kernels.fbgemm_halves() == 1 and K > 1:
+            assert torch.equal(kernels._fbgemm_product(q, kernels.pack(weight), 1), exact)
 
 
 def test_the_product_of_bitsandbytes_is_called_as_it_wants_to_be(bnb):
@@ -137,16 +167,47 @@ def test_where_an_operator_is_missing_the_result_is_the_same(monkeypatch):
     x, linear = tensors(outliers=(3,))
     exact = Int8Linear(linear)(x)
     monkeypatch.delattr(torch, "_int_mm")
+    monkeypatch.delattr(torch, "_make_per_tensor_quantized_tensor")
     for name in ("get_capabilities", "_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
-    for ask in (kernels.has_int_mm, kernels.has_amx, kernels.has_bf16):
+    asks = kernels.has_int_mm, kernels.has_amx, kernels.fbgemm_halves, kernels.has_bf16
+    for ask in asks:
         ask.cache_clear()
     try:
-        assert torch.allclose(Int8Linear(linear)(x), exact, atol=1e-6)
-        assert not kernels.has_int_mm() and not kernels.has_amx() and not kernels.has_bf16()
+        layer = Int8Linear(linear)
+        for _ in range(kernels.PACK_AFTER // 5 + 5):
+            assert torch.allclose(layer(x), exact, atol=1e-6)
+        assert not any(ask() for ask in asks) and layer.packed is None
     finally:
-        for ask in (kernels.has_int_mm, kernels.has_amx, kernels.has_bf16):
+        for ask in asks:
             ask.cache_clear()
+
+
+@pytest.mark.skipif(not kernels.fbgemm_halves(), reason="no FBGEMM here")
+def test_a_layer_packs_its_codes_when_it_writes_and_gives_them_back_when_asked(monkeypatch):
+    monkeypatch.setattr(kernels, "has_amx", lambda: False)
+    x, linear = tensors()
+    layer, codes = Int8Linear(linear), Int8Linear(linear).weight
+    before = layer(x)
+    for _ in range(kernels.PACK_AFTER // 5):
+        assert layer.packed is None and torch.equal(layer(x), before)
+    assert layer.packed is not None and layer._buffers["weight"] is None  # a byte a number still
+    assert torch.equal(layer(x), before) and torch.equal(layer(x.repeat(30, 1))[:5], before)
+    with int8_path("reference"):
+        assert torch.equal(layer(x), before)
+    assert layer.packed is None and torch.equal(layer.weight, codes)
+    for use in (lambda: layer.state_dict()["weight"], lambda: copy.deepcopy(layer).weight, lambda: layer.float().weight, lambda: layer.weight):
+        layer.pack()
+        assert layer.packed is not None and torch.equal(use(), codes)
+    x.requires_grad_()
+    for _ in range(kernels.PACK_AFTER // 4):  # who learns asks for the weight at each step, so it is not packed
+        layer(x).sum().backward()
+    assert layer.packed is None
+    layer.pack()
+    y = layer(x)
+    assert layer.packed is not None and torch.equal(y, before)
+    y.sum().backward()
+    assert layer.packed is None
 
 
 @pytest.mark.parametrize("able", [{"architecture": "aarch64", "neon": True}, {"avx2": True, "avx512_f": True}, {}])
@@ -238,6 +299,8 @@ def test_zero_rows_and_an_empty_batch():
     x[1] = 0
     y = layer(x)
     assert y.isfinite().all() and torch.equal(y[1], linear.bias) and y[0, 3] == linear.bias[3]
+    layer.pack()
+    assert torch.equal(layer(x), y)
     for layer in (layer, Int8Linear(linear), Int8Linear(linear, 0.0)):
         assert layer(torch.zeros(0, 64)).shape == (0, 48) and layer(torch.zeros(2, 0, 64)).shape == (2, 0, 48)
         empty = torch.zeros(0, 64, requires_grad=True)
@@ -339,6 +402,7 @@ def test_an_adapter_knows_the_int8_base_it_was_trained_on(tmp_path):
     save_adapter(mt5, tmp_path)
     again = model()
     quantize_linears(again, skip=("lm_head",))
+    again.decoder.blocks[0].mlp.wo.pack()  # the fingerprint is of the codes, wherever they are
     load_adapter(again, tmp_path)
     assert torch.equal(run(again), run(mt5))
     for change in (lambda m: None, lambda m: quantize_linears(m), lambda m: (quantize_linears(m, skip=("lm_head",)), m.encoder.blocks[0].attn.q.weight[0].neg_()),
