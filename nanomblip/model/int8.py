@@ -15,6 +15,8 @@ The sum of codes q_x CB^T is where the time goes, and it is exact. The fast ways
 the bit, are in int8_kernels.py; `int8_path("reference")` takes the readable one everywhere.
 """
 
+from math import inf
+
 import torch
 import torch.nn as nn
 
@@ -29,11 +31,11 @@ def quantize_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A row of zeros stays zeros. ValueError where a number is not finite.
     """
     scale = w.abs().amax(1).float()  # (R,)
-    if not scale.isfinite().all():
+    if len(scale) and not scale.amax().item() < inf:
         raise ValueError(
             f"int8: {(~scale.isfinite()).sum().item()} of {len(scale)} rows hold a number that is not finite"
         )
-    steps = torch.where(scale > 1e-36, 127.0 / scale, 0.0)  # below, 127 / scale is infinite
+    steps = 127 / scale.clamp(min=1e-36)  # of less, 127 / scale would be infinite
     return (w * steps[:, None]).round_().to(torch.int8), scale
 
 
@@ -75,19 +77,14 @@ class Int8Linear(nn.Module):
 
     def _set(self, weight, SCB, bias, threshold):
         super().__init__()
-        if not 0 <= threshold < float("inf"):
+        if not 0 <= threshold < inf:
             raise ValueError(f"int8 threshold {threshold}: at least 0")
         self.out_features, self.in_features = weight.shape
         self.threshold = threshold
-        self._buffers["weight"] = (
-            weight  # not by register_buffer, which takes the property below for another thing of this name
-        )
+        self._buffers["weight"] = weight  # not by register_buffer, which takes the property below for something else
         self.register_buffer("SCB", SCB)
         self.register_buffer("bias", bias)
-        self.packed, self.short_rows = (
-            None,
-            0,
-        )  # the codes in FBGEMM's order, instead of `weight`; rows that would have liked it
+        self.packed, self.short_rows = None, 0  # codes that `pack` made of `weight`; rows that would have liked them
         self.columns = {}  # see `short_product`
 
     @property
@@ -103,15 +100,10 @@ class Int8Linear(nn.Module):
         self._buffers["weight"], self.SCB = weight, SCB
 
     def pack(self) -> None:
-        """Keep the codes in FBGEMM's order until `weight` is asked for; nothing happens where FBGEMM is missing."""
-        if (
-            self.packed is None
-            and kernels.fbgemm_halves()
-            and self.in_features > 1
-            and self._buffers["weight"].device.type == "cpu"
-        ):
-            self.packed = kernels.pack(self._buffers["weight"])
-            self._buffers["weight"] = None
+        """Keep the codes in the order that few rows like best, if there is one, until `weight` is asked for."""
+        codes = self._buffers["weight"]
+        if codes is not None and codes.device.type == "cpu" and self.in_features > 1 and kernels.wants_packed():
+            self._buffers["weight"], self.packed = None, kernels.pack(codes)
 
     def _save_to_state_dict(self, *args):
         self.weight  # so that it is in the file
@@ -132,9 +124,9 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor, often: bool = True) -> torch.Tensor:
-        """x (M, in) -> (M, out) without the bias; often: may more such products follow before `weight` is asked for?"""
+        """x (M, in) -> (M, out), no bias added; often: may more such products follow before `weight` is asked for?"""
         few = len(x) <= kernels.FEW_ROWS
-        if kernels.path == "fast" and often and self.packed is None and few:
+        if kernels.path == "fast" and often and few:
             self.short_rows += len(x)
             if self.short_rows > kernels.PACK_AFTER:
                 self.pack()
@@ -168,12 +160,12 @@ def find_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
     and o).
     """
     largest = x.abs().amax(0)
-    if not largest.isfinite().all():
+    if not largest.amax().item() < inf:
         raise ValueError(
             f"int8: {(~largest.isfinite()).sum().item()} of {len(largest)} inputs hold a number that is not finite"
         )
     outlier = largest >= threshold
-    return outlier | (2 * outlier.sum() > len(outlier))
+    return outlier if 2 * outlier.sum().item() <= len(outlier) else torch.ones_like(outlier)
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -184,11 +176,11 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
     if outlier.all():
         y = torch.zeros(len(x), len(scale), device=x.device)  # (M, out)
     else:
-        q, row_scale = quantize_rows(x.masked_fill(outlier, 0))  # (M, in), (M,)
+        q, row_scale = quantize_rows(x * ~outlier)  # (M, in), (M,)
         y = kernels.code_product(q, weight).mul_((row_scale / 127)[:, None])  # (M, out)
     if outlier.any():
         where = outlier.nonzero()[:, 0]
-        x_out = x[:, where].float()  # (M, outliers)
+        x_out = x.index_select(1, where).float()  # (M, outliers)
         block = max(kernels.BLOCK, 2**22 // max(x_out.shape))
         for start in range(0, len(weight), block):
             y[:, start : start + block].addmm_(x_out, weight[start : start + block].index_select(1, where).float().T)
@@ -198,24 +190,33 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
 def short_product(
     x: torch.Tensor, codes, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
 ) -> torch.Tensor:
-    """`int8_product` for few rows or packed codes; columns: the outliers' columns that the layer keeps.
+    """`int8_product` for few rows, which waits for the weight's bytes alone; codes: the weight, packed or not; columns:
+    those that the layer keeps.
 
-    Of many outliers no column is taken: their part of x is said in three int8 digits instead, each the rounded rest of
-    what the digits before could not say. Half a 127^3th of a row's largest number is as exact as fp32.
+    To take the outliers' columns out of the weight takes longer than the product itself. As they are always the same
+    few, the layer keeps them. Of many outliers no column is taken: their part of x is said in three int8 digits
+    instead, each the rounded rest of what the digits before could not say, as more rows of the same product. Half a
+    127^3th of a row's largest number is as exact as fp32.
     """
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
     outlier = find_outliers(x, threshold)  # (in,)
     where = outlier.nonzero()[:, 0]
-    parts = [quantize_rows(x.masked_fill(outlier, 0))]  # pairs of codes and row scales
+    parts = [quantize_rows(x * ~outlier)]  # codes and row scales, whose sum says x
     if len(where) > kernels.MANY_OUTLIERS:
-        rest = x.float().masked_fill(~outlier, 0)
+        rest = x.float() * outlier
         for _ in range(3):
             q, row_scale = quantize_rows(rest)
             parts.append((q, row_scale))
             rest = rest - q * (row_scale / 127)[:, None]
         where = where[:0]
-    return kernels.short_product(parts, where, x, codes, scale, columns).to(x.dtype)
+    q, row_scale = (torch.cat(tensors) for tensors in zip(*parts)) if len(parts) > 1 else parts[0]
+    y = kernels.code_product(q, codes).mul_((row_scale / 127)[:, None])  # (M, out), or of four parts (4 M, out)
+    if len(parts) > 1:
+        y = y.unflatten(0, (len(parts), len(x))).sum(0)
+    if len(where):
+        y.addmm_(x.index_select(1, where).float(), kernels.kept_columns(codes, where, x.shape[1], columns).float())
+    return y.mul_(scale / 127).to(x.dtype)
 
 
 def quantize_linears(model: nn.Module, skip: tuple[str, ...] = (), threshold: float = THRESHOLD) -> int:

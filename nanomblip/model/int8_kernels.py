@@ -1,25 +1,20 @@
 """The int8 product q_x CB^T of int8.py, as fast as each processor allows.
 
-The sum of codes is exact, so different processors can compute it in different ways with the
-same result to the bit. `code_product` is the readable one; `int8_path("reference")` takes it everywhere. The others:
+The sum of codes is exact, so different processors can compute it in different ways with the same result to the bit.
+`int8_path("reference")` takes the readable line of `code_product` everywhere. The others:
 
-- Few rows (a model writing text, one row a beam) wait for the weights' bytes alone. FBGEMM's int8 kernel, which torch
-  ships for x86, reads them once, from an order of its own. To put the codes into that order costs what it saves in
-  about 130 products of one row or 35 of five, so a layer does it when it has been asked for few rows often enough. It
-  then keeps no others: memory stays a byte a number. Whoever asks for `weight` (a backward pass, a file) gets the codes
-  back.
-- Many rows (training, an encoder) are oneDNN's int8 product where the processor has AVX-512 VNNI.
+- Few rows (a model writing text, one row a beam) wait for the weight's bytes alone. With AMX oneDNN reads them at the
+  speed of the memory if it is asked for weight q_x^T, the weight first, a megabyte at a time: so they stay in their
+  plain order. Asked for q_x weight^T it first reorders the weight, at each call.
+- Without AMX FBGEMM's int8 kernel, which torch ships for x86, reads few rows' weight once, from an order of its own. To
+  put the codes into that order costs what it saves in about a hundred products, so a layer does it when it has been
+  asked for few rows often enough. It then keeps no others: memory stays a byte a number. Whoever asks for `weight` (a
+  backward pass, a file) gets the codes back.
+- More rows (training, an encoder), with VNNI: q_x weight^T by oneDNN.
 - Elsewhere fp32 products, over 1,024 columns at a time: up to there (127^2 * 1024 < 2^24) fp32 counts exactly as well.
 - On CUDA bitsandbytes' product of the codes.
 
-A 2048 -> 5120 layer on one AVX-512 core, how many times faster than fp32 (`tests/bench_int8.py`):
-
-    rows                     1     2     4     5     8    16    32    64   128   256   512
-    codes as they are      2.1   2.2   2.3   2.2   2.3   2.9   3.1   2.7   3.6   3.9   3.8
-    in FBGEMM's order      3.0   5.7   5.1   6.1   7.5   5.5   4.3   3.4   3.7   4.7   3.2
-    gradient of x          1.0   1.6   1.2   0.9   1.0   0.8   0.8   1.9   1.9   2.6   2.2
-
-Without VNNI the two x86 kernels add pairs of products in 16 bits, which overflow: an operator is used only where it has
+Without VNNI the x86 kernels add pairs of products in 16 bits, which overflow: an operator is used only where it has
 just shown that it counts correctly. FBGEMM can then still do it in two halves, q_x = max(q_x, 0) - max(-q_x, 0), each
 with 7 bits.
 """
@@ -32,10 +27,8 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 1024  # outputs whose weights are converted at a time: a few MB, so that no float copy of a weight ever exists
-FEW_ROWS, PACK_AFTER = (
-    32,
-    150,
-)  # a layer packs its codes when products of at most so many rows have had so many rows together
+FEW_ROWS = 64  # up to here a product waits for the bytes of the weight
+PACK_AFTER = 150  # a layer packs its codes when products of so few rows have had so many rows together
 MANY_OUTLIERS, MOST_COLUMNS = 64, 256  # columns in one product, columns that a layer keeps
 
 path = "fast"
@@ -54,19 +47,22 @@ def int8_path(name: str):
         path = before
 
 
-def code_product(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """q int8 (M, in), weight int8 (out, in) -> q weight^T as float32 (M, out): the exact sum, rounded once."""
+def code_product(q: torch.Tensor, weight) -> torch.Tensor:
+    """q int8 (M, in), weight int8 (out, in), packed or not -> q weight^T as float32 (M, out): the exact sum, rounded
+    once."""
+    if not isinstance(weight, torch.Tensor):
+        return _fbgemm_product(q, weight, fbgemm_halves())
     if path == "reference":
         return (q.to(torch.int32) @ weight.to(torch.int32).T).float()
     if q.is_cuda and (y := _bitsandbytes_product(q, weight)) is not None:
         return y.float()
+    int_mm = q.device.type == "cpu" and has_int_mm() and q.shape[1] > 1  # of one column torch 2.13 makes nonsense
+    if int_mm and has_amx() and len(q) <= FEW_ROWS:
+        qT, parts = q.T, weight.split(max(1, 2**20 // q.shape[1]))  # of a megabyte
+        sums = torch.cat([torch._int_mm(part, qT) for part in parts])  # (out, M)
+        return sums.T.to(torch.float32, memory_format=torch.contiguous_format)
+    block = max(BLOCK, 2**19 // len(q)) if int_mm else BLOCK if len(q) > FEW_ROWS else 256  # what stays in the cache
     y = torch.empty(len(q), len(weight), device=q.device)
-    int_mm = (
-        q.device.type == "cpu" and has_int_mm() and q.shape[1] > 1
-    )  # of a single column torch 2.13's _int_mm makes nonsense
-    block = (
-        max(BLOCK, 2**22 // len(q)) if int_mm else BLOCK
-    )  # few rows: all at once; many: int32 sums that stay in the cache
     for start in range(0, len(weight), block):
         part = weight[start : start + block]
         y[:, start : start + block] = torch._int_mm(q, part.T) if int_mm else _float_product(q, part)
@@ -90,14 +86,29 @@ def _bitsandbytes_product(q, weight):
 
 @lru_cache
 def has_int_mm() -> bool:
-    """Is torch's int8 product fast here (with AVX-512 VNNI; without, it is slower than fp32), and correct?"""
+    """Is torch's int8 product fast here (with VNNI; without, it is slower than fp32), and correct?"""
     q, weight = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 64), 127, dtype=torch.int8)
     try:
-        return torch.cpu._is_vnni_supported() and all(
-            (torch._int_mm(rows, weight.T) == 127**2 * 64).all() for rows in (q, q[:1])
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_vnni") or able.get("avx_vnni")) and all(
+            (torch._int_mm(a, b.T) == 127**2 * 64).all() for a, b in ((q, weight), (q[:1], weight), (weight, q))
         )
     except (AttributeError, RuntimeError):
         return False
+
+
+@lru_cache
+def has_amx() -> bool:
+    """Does the processor multiply tiles of int8?"""
+    try:
+        return torch.cpu._is_amx_tile_supported()
+    except AttributeError:
+        return False
+
+
+def wants_packed() -> bool:
+    """Is there an order that few rows like better than the plain one?"""
+    return not (has_int_mm() and has_amx()) and fbgemm_halves() > 0
 
 
 def pack(weight: torch.Tensor):
@@ -140,30 +151,24 @@ def fbgemm_halves() -> int:
     return 0
 
 
-def short_product(
-    parts, outliers, x: torch.Tensor, codes, scale: torch.Tensor, columns: dict[int, torch.Tensor]
-) -> torch.Tensor:
-    """The equation of int8.py for few rows or packed codes: x float (M, in) -> float (M, out).
+def kept_columns(weight, where: torch.Tensor, width: int, columns: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Columns `where` of an int8 weight (out, width), packed or not: int8 (len(where), out), from `columns` or put in it.
 
-    parts: pairs of codes (M, in) and row scales (M,) whose sum says x, but for the columns `outliers`. To take those
-    out of the weight's codes takes longer than the product itself, or is impossible. As they are always the same few
-    columns, they are kept in `columns`; those that are not there yet the product fetches, by a row for each, which is 1
-    there and 0 elsewhere.
+    Packed codes give a column as a product with a row that is 1 there and 0 elsewhere.
     """
-    product = lambda q: (
-        code_product(q, codes) if isinstance(codes, torch.Tensor) else _fbgemm_product(q, codes, fbgemm_halves())
-    )
-    q, row_scale = (torch.cat(tensors) for tensors in zip(*parts))
-    y = sum(product(q).mul_((row_scale / 127)[:, None]).split(len(x)))  # (M, out)
-    if len(outliers):
-        new = torch.tensor([i for i in outliers.tolist() if i not in columns], dtype=torch.long)
-        if len(columns) + len(new) > MOST_COLUMNS:
-            columns.clear()
-            new = outliers
-        if len(new):
-            columns |= zip(new.tolist(), product(F.one_hot(new, x.shape[1]).to(torch.int8)).to(torch.int8))
-        y.addmm_(x[:, outliers].float(), torch.stack([columns[i] for i in outliers.tolist()]).float())
-    return y.mul_(scale / 127)
+    wanted = where.tolist()
+    new = [i for i in wanted if i not in columns]
+    if len(columns) + len(new) > MOST_COLUMNS:
+        columns.clear()
+        new = wanted
+    if new:  # all at once: each would pass over the whole weight
+        at = torch.tensor(new)
+        if isinstance(weight, torch.Tensor):
+            found = weight.index_select(1, at).T.contiguous()
+        else:
+            found = code_product(F.one_hot(at, width).to(torch.int8), weight).to(torch.int8)
+        columns |= zip(new, found)
+    return torch.stack([columns[i] for i in wanted])
 
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -174,7 +179,7 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     """
     if path == "reference":
         return (grad.float() @ (weight.float() * (scale / 127)[:, None])).to(grad.dtype)
-    kind = torch.bfloat16 if grad.device.type == "cpu" and len(grad) > FEW_ROWS and has_bf16() else torch.float32
+    kind = torch.bfloat16 if grad.device.type == "cpu" and len(grad) > 32 and has_bf16() else torch.float32
     scaled = (grad.float() * (scale / 127)).to(kind)  # codes are whole numbers up to 127, exact in bf16
     y = torch.zeros(len(grad), weight.shape[1], device=grad.device)
     for start in range(0, len(weight), BLOCK):

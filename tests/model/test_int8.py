@@ -2,6 +2,9 @@
 
 import copy
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,27 +77,31 @@ def test_a_layer_from_ready_codes_and_scales():
 
 # ------------------------------------------------------------------------------------------- every path is the reference
 
+PROCESSORS = {"AMX": (True, True), "VNNI": (True, False), "neither": (False, False)}  # what is asked: has_int_mm, has_amx
 OUTLIERS = {"none": (), "few": (3, 40), "many": range(100), "most": range(1200)}
 
 
 @pytest.mark.parametrize("outliers", OUTLIERS)
 @pytest.mark.parametrize("threshold", [6.0, 0.0])
-@pytest.mark.parametrize("rows", [1, 5, 33, 100])
+@pytest.mark.parametrize("rows", [1, 5, 64, 100])
 def test_every_path_is_the_reference(monkeypatch, rows, threshold, outliers):
     x, linear = tensors(rows, width=2100, out=1100, outliers=OUTLIERS[outliers])
     with int8_path("reference"):
         exact = Int8Linear(linear, threshold)(x)
     close = lambda y: torch.equal(y, exact) if threshold and outliers == "none" else (y - exact).abs().max() < 2e-6 * exact.abs().max()
-    assert close(Int8Linear(linear, threshold)(x))
-    packed = Int8Linear(linear, threshold)
-    packed.pack()
-    assert close(packed(x))
-    monkeypatch.setattr(kernels, "has_int_mm", lambda: False)
-    assert close(Int8Linear(linear, threshold)(x))
-    if kernels.fbgemm_halves():
-        assert packed.packed is not None
-        monkeypatch.setattr(kernels, "fbgemm_halves", lambda: 2)
-        assert close(packed(x))
+    for kind, (int_mm, amx) in PROCESSORS.items():
+        if kernels.has_int_mm() or not int_mm:
+            with monkeypatch.context() as force:
+                force.setattr(kernels, "has_int_mm", lambda: int_mm)
+                force.setattr(kernels, "has_amx", lambda: amx)
+                layer = Int8Linear(linear, threshold)
+                assert close(layer(x)) and close(layer(x)), kind  # the second time with the columns that it kept
+                for halves in range(1, 3) if kernels.fbgemm_halves() == 1 else ():
+                    force.setattr(kernels, "fbgemm_halves", lambda: halves)
+                    packed = Int8Linear(linear, threshold)
+                    packed.pack()
+                    assert (packed.packed is None) == (kind == "AMX") and close(packed(x)), (kind, halves)
+                    force.setattr(kernels, "fbgemm_halves", lambda: 1)
 
 
 def worst(K):
@@ -125,6 +132,23 @@ def test_without_vnni_fbgemm_counts_in_halves(isa):
         kernels.fbgemm_halves.cache_clear()
 
 
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_a_processor_that_cannot_count_in_int8_is_found_out(isa):
+    """oneDNN is told to use older instructions, of which those without VNNI add products in 16 bits, which overflow."""
+    code = """if True:
+        import torch
+        from nanomblip.model import int8_kernels as kernels
+        kernels.has_amx = lambda: False
+        for K in (2, 512, 5120):
+            q, weight = torch.full((3, K), 127, dtype=torch.int8), torch.full((1030, K), 127, dtype=torch.int8)
+            q[1], q[2, ::2] = -127, -127
+            assert torch.equal(kernels.code_product(q, weight), (q.int() @ weight.int().T).float())
+        print(kernels.has_int_mm())
+    """
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": isa}, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(isa == "AVX512_CORE_VNNI" and kernels.has_int_mm())
+
+
 def test_worst_cases_are_counted_correctly():
     for K in (1, 2, 1023, 1024, 1025, 5120):
         q, weight = worst(K)
@@ -144,21 +168,24 @@ def test_where_an_operator_is_missing_the_result_is_the_same(monkeypatch):
     exact = Int8Linear(linear)(x)
     monkeypatch.delattr(torch, "_int_mm")
     monkeypatch.delattr(torch, "_make_per_tensor_quantized_tensor")
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
-    for ask in (kernels.has_int_mm, kernels.fbgemm_halves, kernels.has_bf16):
+    for name in ("get_capabilities", "_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    asks = kernels.has_int_mm, kernels.has_amx, kernels.fbgemm_halves, kernels.has_bf16
+    for ask in asks:
         ask.cache_clear()
     try:
         layer = Int8Linear(linear)
         for _ in range(kernels.PACK_AFTER // 5 + 5):
             assert torch.allclose(layer(x), exact, atol=1e-6)
-        assert not kernels.has_int_mm() and not kernels.fbgemm_halves() and not kernels.has_bf16() and layer.packed is None
+        assert not any(ask() for ask in asks) and layer.packed is None
     finally:
-        for ask in (kernels.has_int_mm, kernels.fbgemm_halves, kernels.has_bf16):
+        for ask in asks:
             ask.cache_clear()
 
 
 @pytest.mark.skipif(not kernels.fbgemm_halves(), reason="no FBGEMM here")
-def test_a_layer_packs_its_codes_when_it_writes_and_gives_them_back_when_asked():
+def test_a_layer_packs_its_codes_when_it_writes_and_gives_them_back_when_asked(monkeypatch):
+    monkeypatch.setattr(kernels, "has_amx", lambda: False)
     x, linear = tensors()
     layer, codes = Int8Linear(linear), Int8Linear(linear).weight
     before = layer(x)
@@ -181,6 +208,28 @@ def test_a_layer_packs_its_codes_when_it_writes_and_gives_them_back_when_asked()
     assert layer.packed is not None and torch.equal(y, before)
     y.sum().backward()
     assert layer.packed is None
+
+
+@pytest.mark.parametrize("able", [{"architecture": "aarch64", "neon": True}, {"avx2": True, "avx512_f": True}, {}])
+def test_the_int8_product_of_torch_is_left_alone_where_it_is_slow(monkeypatch, able):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert kernels.has_int_mm.__wrapped__() is False
+
+
+def test_a_layer_keeps_the_columns_of_outliers_and_forgets_them_with_its_codes():
+    x, linear = tensors(outliers=(3, 40))
+    layer = Int8Linear(linear)
+    exact = int8_product(x, layer.weight, layer.SCB, 6.0)
+    assert torch.allclose(layer(x), exact + linear.bias, atol=1e-5) and set(layer.columns) == {3, 40}
+    assert torch.equal(layer.columns[40], layer.weight[:, 40])
+    layer.replace(-layer.weight, layer.SCB)
+    assert not layer.columns and torch.allclose(layer(x), linear.bias - exact, atol=1e-5)
+    wide = Int8Linear(nn.Linear(600, 8))
+    for first in range(0, 600, 50):  # ever new ones
+        y = torch.ones(2, 600)
+        y[:, first : first + 50] = 9.0
+        assert torch.allclose(wide(y) - wide.bias, int8_product(y, wide.weight, wide.SCB, 6.0), atol=1e-4)
+        assert len(wide.columns) <= kernels.MOST_COLUMNS
 
 
 def test_a_path_has_a_name():
@@ -279,9 +328,6 @@ def test_other_bad_input():
             layer = Int8Linear(linear, threshold)
             with pytest.raises(ValueError, match="1 of 64 inputs hold a number that is not finite"):
                 layer(x)
-            layer.pack()
-            with pytest.raises(ValueError, match="1 of 64 inputs hold a number that is not finite"):
-                layer(x)
     assert quantize_rows(torch.tensor([[1e-40, 0.0]]))[0].eq(0).all()  # 127 / 1e-40 is infinite
     for threshold in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="threshold"):
@@ -335,7 +381,6 @@ def test_lora_is_merged_into_freshly_quantised_weights_and_unmerging_restores_th
     for path, layer in layers.items():
         codes, scale = quantize_rows(wanted[path].half())
         assert torch.equal(layer.base.weight, codes) and torch.equal(layer.base.SCB, scale) and layer.base.weight.dtype == torch.int8
-        layer.base.pack()
     assert error(run(mt5), before) < 0.1
     with pytest.raises(ValueError, match="merged already"):
         merge_lora(mt5)
