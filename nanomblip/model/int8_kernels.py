@@ -152,7 +152,7 @@ def fbgemm_halves() -> int:
 
 
 def kept_columns(weight, where: torch.Tensor, width: int, columns: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Columns `where` of an int8 weight (out, width), packed or not: int8 (len(where), out), from `columns` or put in it.
+    """Columns `where` of an int8 weight (out, width), packed or not: int8 (len(where), out), kept in `columns`.
 
     Packed codes give a column as a product with a row that is 1 there and 0 elsewhere.
     """
