@@ -4,7 +4,7 @@ Random weights in the official shapes, each measurement in a process of its own 
 
 1. from fp32 shards to int8, the int8 written, and a caption of 20 pieces with 5 beams
 2. the same from the int8 file: time to the first piece, beside the time the disk and the image encoder need alone
-3. the caption in fp32, by us and by transformers, and how far their logits are apart (--transformers)
+3. the caption in fp32, by us and by transformers, and how far their logits are apart (--transformers fp32), or by transformers in bf16
 
 Seconds are given twice: by the clock / of the processor.
 
@@ -50,7 +50,8 @@ class Config:
     llm_dtype: str = flag("int8", "as in sample.py", ("int8", "bf16", "fp32"))
     pieces: int = flag(20, "pieces to write")
     beams: int = flag(5, "beams")
-    transformers: bool = flag(False, "also let transformers write, in fp32")
+    pictures: int = flag(0, "also caption so many pictures in one batch, from the int8 file")
+    transformers: str = flag("", "also let transformers write: in fp32, with logits against ours, or in bf16", ("", "fp32", "bf16"))
     child: str = flag("", "used by this script itself: folder, types and where to write int8, as JSON")
 
 
@@ -98,19 +99,26 @@ def ours(folder: Path, cfg: Config, types: dict, save: str | None) -> dict:
     with torch.no_grad():
         model.image_features(image)
     lap("encode image again")
+    if save is None and cfg.pictures:
+        with torch.no_grad():
+            features = model.image_features(image.repeat(cfg.pictures, 1, 1, 1, 1))
+        lap(f"encode {cfg.pictures} images")
+        generate(model, None, prompt.repeat(cfg.pictures, 1), features=features, vocab=len(tokenizer), decoding=decoding)
+        lap(f"{cfg.pictures} captions")
     if save is None and set(types.values()) == {"fp32"}:
         with torch.no_grad():
             save_file(dict(logits=model(None, prompt, LABELS, features=features)[0]), folder.parent / "ours.safetensors")
     return lap.seconds | dict(peak_MB_after_loading=loaded, ids=found[0].ids)
 
 
-def theirs(folder: Path, cfg: Config) -> dict:
+def theirs(folder: Path, cfg: Config, dtype: torch.dtype) -> dict:
     from transformers import Blip2ForConditionalGeneration
 
     lap = Laps()
-    model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     lap("load")
     tokenizer, image, prompt, decoding = ask(folder, cfg)
+    image = image.to(dtype)
     ids = torch.cat([torch.full((1, 32), len(tokenizer)), prompt], dim=1)
     with torch.no_grad():
         model.vision_model(image[0])
@@ -160,7 +168,7 @@ def main(argv: list[str]) -> int:
     if cfg.child:
         job = json.loads(cfg.child)
         folder = Path(job["folder"])
-        print(json.dumps(theirs(folder, cfg) if job["types"] is None else ours(folder, cfg, job["types"], job["save"])))
+        print(json.dumps(theirs(folder, cfg, dict(fp32=torch.float32, bf16=torch.bfloat16)[cfg.transformers]) if job["types"] is None else ours(folder, cfg, job["types"], job["save"])))
         return 0
     if not cfg.work:
         raise ValueError("--work is missing; name a folder with room")
@@ -179,7 +187,9 @@ def main(argv: list[str]) -> int:
                 if state == "cold":
                     forget(quantised)
                 show(f"{what}, {state}", measure())
-    if cfg.transformers:
+    if cfg.transformers == "bf16":
+        show("transformers, bf16", run_child(argv, folder, None, None))
+    if cfg.transformers == "fp32":
         mine = run_child(argv, folder, dict(vision_dtype="fp32", llm_dtype="fp32"), None)
         show("fp32", mine)
         other = run_child(argv, folder, None, None)
