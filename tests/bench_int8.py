@@ -5,7 +5,7 @@
     vision   the image encoder, 39 layers, one picture and --pictures: ours in int8 against transformers
     train    a LoRA step, 8 x (64 + 32) pieces: ours over int8 against transformers + peft, and over bitsandbytes' int8
 
-In the last three each side is a process of its own with the same random weights in the widths of mT0-XL (2048, 5120, 32 heads, 250,112
+In the last three each side is a process of its own with the same random weights (but for the biases in vision) in the widths of mT0-XL (2048, 5120, 32 heads, 250,112
 pieces) and --layers layers in each stack, or of BLIP-2's ViT-g; six columns of outliers are planted by the norms. The sides work in turns,
 so that all meet the same machine; the first turn is the first work that a process does with its model, and of the --rounds that follow the
 best counts, by the clock and by the processor's time (on a busy machine only the latter means something). Peak memory is read from

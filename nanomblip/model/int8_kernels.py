@@ -14,6 +14,14 @@ The sum of codes is exact, so different processors can compute it in different w
 - Elsewhere fp32 products, over 1,024 columns at a time: up to there (127^2 * 1024 < 2^24) fp32 counts exactly as well.
 - On CUDA bitsandbytes' product of the codes.
 
+Milliseconds for a 2048 -> 5120 layer (10 MB, which take 1.08 to read), one core with AMX, in oneDNN's product alone:
+
+    rows                                 1     5    20    64
+    weight q_x^T, by the megabyte      1.15  1.15  1.35  1.99
+    weight q_x^T, the whole            1.31  1.31  1.40  1.74
+    q_x weight^T                       1.60  1.70  1.97  2.34
+    q_x weight^T, without AMX          0.97  1.98  2.14  3.51
+
 Without VNNI the x86 kernels add pairs of products in 16 bits, which overflow: an operator is used only where it has
 just shown that it counts correctly. FBGEMM can then still do it in two halves, q_x = max(q_x, 0) - max(-q_x, 0), each
 with 7 bits.
