@@ -34,7 +34,14 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noq
 from PIL import Image  # noqa: E402
 
 from nanomblip.data.decode import load_image  # noqa: E402
-from nanomblip.data.emoji import TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, load_names, picture_split, unit_hash  # noqa: E402
+from nanomblip.data.emoji import (  # noqa: E402
+    TEST_ARTISTS,
+    TRAIN_ARTISTS,
+    load_emoji,
+    load_names,
+    picture_split,
+    unit_hash,
+)
 from nanomblip.data.image import image_to_tensor  # noqa: E402
 from nanomblip.data.languages import LANGUAGES, script_group  # noqa: E402
 from nanomblip.data.scripts import script_of  # noqa: E402
@@ -46,8 +53,8 @@ from nanomblip.weights.files import read_json, write_atomic, write_json  # noqa:
 
 FIGURES = ROOT / "notebooks/figures"
 DPI = 220  # eight inches are 1,760 pixels, shown at half of that
-# In data/; data/build_emoji.py draws it. Of the held-out animals it was the first of those with the most languages right
-# under the weights before these (`find_example`); it is not chosen again for each new training.
+# In data/, drawn by data/build_emoji.py. Under the weights before these it was the first of the held-out animals with
+# the most languages right (`find_example`); it is not chosen again for each new training.
 EXAMPLE = "wolf.png"
 SIX = ("sw", "ru", "ar", "hi", "th", "ja")  # languages of the hero figure, in six scripts
 DOZEN = ("en", "el", "ru", "iw", "ar", "hi", "ta", "th", "km", "ka", "ko", "zh")

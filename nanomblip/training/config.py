@@ -47,7 +47,7 @@ SCALE = {
     "checkpointing": (False,             True),
 }  # fmt: skip
 # Without the names warm-up nano's vectors still have to be learned in stage 2: higher rates (weights/LOG.md).
-FROM_AFAR = {"lr": 2e-3, "qformer_lr": 1e-4, "lora_lr": 1e-3}
+RATES_WITHOUT_NAMES = {"lr": 2e-3, "qformer_lr": 1e-4, "lora_lr": 1e-3}
 WARMUP_SHARE = {"names": 0.68, "projection": 0.092, "none": 0.0}  # of the steps; the paper's 8,000 of 87,000
 CLIP = 1.0  # the largest gradient norm, the paper's
 
@@ -257,7 +257,7 @@ def resolve(cfg: Config, parameters: int, world: int = 1) -> Config:
     if cfg.init == "random":
         values |= dict(int8=False, lora="none", views=0, noise=0.0)
     if not large and cfg.init == "blip2" and (cfg.warmup or values["warmup"]) != "names":
-        values |= FROM_AFAR
+        values |= RATES_WITHOUT_NAMES
     asked = cfg.lora
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
     if cfg.noise and not cfg.views:
