@@ -30,7 +30,7 @@ def quantize_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     A row of zeros stays zeros. ValueError where a number is not finite.
     """
-    scale = w.abs().amax(1).float()  # (R,)
+    scale = kernels.largest_magnitude(w, 1).float()  # (R,)
     if len(scale) and not scale.amax().item() < inf:
         raise ValueError(
             f"int8: {(~scale.isfinite()).sum().item()} of {len(scale)} rows hold a number that is not finite"
@@ -85,7 +85,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("SCB", SCB)
         self.register_buffer("bias", bias)
         self.packed, self.short_rows = None, 0  # codes that `pack` made of `weight`; rows that would have liked them
-        self.columns = {}  # see `short_product`
+        self.columns = {}  # see `fast_product`
 
     @property
     def weight(self) -> torch.Tensor:
@@ -120,20 +120,20 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, self.in_features)
         y = _Product.apply(rows, self) if rows.requires_grad and torch.is_grad_enabled() else self.product(rows)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def product(self, x: torch.Tensor, often: bool = True) -> torch.Tensor:
-        """x (M, in) -> (M, out), no bias added; often: may more such products follow before `weight` is asked for?"""
-        few = len(x) <= kernels.FEW_ROWS
-        if kernels.path == "fast" and often and few:
+        """x (M, in) -> (M, out); often: may more such products follow before `weight` is asked for?"""
+        if kernels.path == "fast" and often and len(x) <= kernels.FEW_ROWS:
             self.short_rows += len(x)
             if self.short_rows > kernels.PACK_AFTER:
                 self.pack()
-        if kernels.path == "fast" and (self.packed is not None or (few and x.device.type == "cpu")):
+        if kernels.path == "fast" and x.device.type == "cpu":
             codes = self.weight if self.packed is None else self.packed
-            return short_product(x, codes, self.SCB, self.threshold, self.columns)
-        return int8_product(x, self.weight, self.SCB, self.threshold)
+            y = fast_product(x, codes, self.SCB, self.threshold, self.columns)
+        else:
+            y = int8_product(x, self.weight, self.SCB, self.threshold)
+        return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, threshold={self.threshold}"
@@ -159,7 +159,7 @@ def find_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
     `wo`, which reads what no norm has scaled (in nano's mT0 half of its columns reach 6, and none of those of q, k, v
     and o).
     """
-    largest = x.abs().amax(0)
+    largest = kernels.largest_magnitude(x, 0)
     if not largest.amax().item() < inf:
         raise ValueError(
             f"int8: {(~largest.isfinite()).sum().item()} of {len(largest)} inputs hold a number that is not finite"
@@ -187,24 +187,25 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
     return y.mul_(scale / 127).to(x.dtype)
 
 
-def short_product(
+def fast_product(
     x: torch.Tensor, codes, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
 ) -> torch.Tensor:
-    """`int8_product` for few rows, which waits for the weight's bytes alone; codes: the weight, packed or not; columns:
-    those that the layer keeps.
+    """`int8_product` on a CPU. codes: the weight, packed or not; columns: those that the layer keeps, as to take them
+    out of the weight takes as long as a product of few rows, and outliers are always in the same few columns.
 
-    To take the outliers' columns out of the weight takes longer than the product itself. As they are always the same
-    few, the layer keeps them. Of many outliers no column is taken: their part of x is said in three int8 digits
-    instead, each the rounded rest of what the digits before could not say, as more rows of the same product. Half a
-    127^3th of a row's largest number is as exact as fp32.
+    Of many outliers no column is kept. For few rows their part of x is said in three int8 digits instead, each the
+    rounded rest of what the digits before could not say, as more rows of the same product: as exact as fp32.
     """
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
+    kind, x = x.dtype, x.float()
     outlier = find_outliers(x, threshold)  # (in,)
     where = outlier.nonzero()[:, 0]
-    parts = [quantize_rows(x * ~outlier)]  # codes and row scales, whose sum says x
+    if len(where) > kernels.MANY_OUTLIERS and len(x) > kernels.FEW_ROWS and isinstance(codes, torch.Tensor):
+        return int8_product(x, codes, scale, threshold).to(kind)
+    parts = [quantize_rows(x * ~outlier if len(where) else x)]  # codes and row scales, whose sum says x
     if len(where) > kernels.MANY_OUTLIERS:
-        rest = x.float() * outlier
+        rest = x * outlier
         for _ in range(3):
             q, row_scale = quantize_rows(rest)
             parts.append((q, row_scale))
@@ -212,11 +213,10 @@ def short_product(
         where = where[:0]
     q, row_scale = (torch.cat(tensors) for tensors in zip(*parts)) if len(parts) > 1 else parts[0]
     y = kernels.code_product(q, codes).mul_((row_scale / 127)[:, None])  # (M, out), or of four parts (4 M, out)
-    if len(parts) > 1:
-        y = y.unflatten(0, (len(parts), len(x))).sum(0)
+    y = y.unflatten(0, (len(parts), len(x))).sum(0) if len(parts) > 1 else y
     if len(where):
-        y.addmm_(x.index_select(1, where).float(), kernels.kept_columns(codes, where, x.shape[1], columns).float())
-    return y.mul_(scale / 127).to(x.dtype)
+        y.addmm_(x.index_select(1, where), kernels.kept_columns(codes, where, x.shape[1], columns).float())
+    return y.mul_(scale / 127).to(kind)
 
 
 def quantize_linears(model: nn.Module, skip: tuple[str, ...] = (), threshold: float = THRESHOLD) -> int:

@@ -55,6 +55,11 @@ def int8_path(name: str):
         path = before
 
 
+def largest_magnitude(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest |x| along a dimension; x.abs() would first write a tensor as large as x."""
+    return torch.maximum(x.amax(dim), -x.amin(dim))
+
+
 def code_product(q: torch.Tensor, weight) -> torch.Tensor:
     """q int8 (M, in), weight int8 (out, in), packed or not -> q weight^T as float32 (M, out): the exact sum, rounded
     once."""
@@ -188,10 +193,9 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     if path == "reference":
         return (grad.float() @ (weight.float() * (scale / 127)[:, None])).to(grad.dtype)
     kind = torch.bfloat16 if grad.device.type == "cpu" and len(grad) > 32 and has_bf16() else torch.float32
-    scaled = (grad.float() * (scale / 127)).to(kind)  # codes are whole numbers up to 127, exact in bf16
     y = torch.zeros(len(grad), weight.shape[1], device=grad.device)
-    for start in range(0, len(weight), BLOCK):
-        y += scaled[:, start : start + BLOCK] @ weight[start : start + BLOCK].to(kind)
+    for part, codes, steps in zip(grad.split(BLOCK, 1), weight.split(BLOCK), (scale / 127).split(BLOCK)):
+        y += (part * steps).to(kind) @ codes.to(kind)  # codes are whole numbers up to 127, exact in bf16
     return y.to(grad.dtype)
 
 

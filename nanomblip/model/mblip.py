@@ -22,7 +22,7 @@ from nanomblip.model.mt5 import MT5, MT5Config
 from nanomblip.model.qformer import QFormer, QFormerConfig
 from nanomblip.model.vit import ViT, ViTConfig
 
-LOGITS = 2**23  # that a training step holds at a time
+LOGITS, FEWEST = 2**23, 256  # logits that a training step holds at a time, but no fewer than those of 256 tokens
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,15 @@ class MBLIP(nn.Module):
 
     def loss(self, features, prompt, labels, prompt_mask=None):
         """The loss of `forward` for training: the head, whose V logits a token are the largest tensor of a step,
-        sees only the places where a token is to be written, a few at a time, and once more in the backward pass.
+        sees only the places where a token is to be written, a few at a time, and if these are not all at once, once more in
+        the backward pass.
         features: float (B, I, N, Dv); the rest as in `forward`."""
         memory, mask = self.encode(self.image_tokens(features), prompt, prompt_mask)
         embedded = self.mt5.embed_tokens(self.mt5.shift_right(labels))  # (B, T, D)
         hidden, real = self.mt5.decoder(embedded, memory, mask), labels != -100  # (B, T, D), (B, T)
         total = lambda h, target: F.cross_entropy(self.mt5.lm_head(h).float(), target, reduction="sum")
-        few = max(1, LOGITS // self.cfg.mt5.vocab)  # tokens at a time
-        parts = zip(hidden[real].split(few), labels[real].split(few))
+        few = max(FEWEST, LOGITS // self.cfg.mt5.vocab)  # tokens at a time
+        parts = list(zip(hidden[real].split(few), labels[real].split(few)))
+        if len(parts) == 1:  # which would be computed twice for nothing
+            return total(*parts[0]) / real.sum()
         return sum(checkpoint(total, *part, use_reentrant=False) for part in parts) / real.sum()

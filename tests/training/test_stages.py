@@ -13,6 +13,7 @@ from nanomblip.data.image import ImageConfig
 from nanomblip.data.languages import parse_lang_mix
 from nanomblip.data.mixture import Batches, Mixture, parse_tasks
 from nanomblip.data.tokenizer import Tokenizer
+from nanomblip.model import mblip
 from nanomblip.model.lora import add_lora
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.training import config as recipe
@@ -80,7 +81,10 @@ def test_each_stage_has_its_own_parts_rates_and_cosine(batches):
     assert set(whole.rates) == set(EVERYTHING) and whole.muon
 
 
-def test_the_language_loss_is_that_of_forward(batch):
+@pytest.mark.parametrize("few", [2, 256], ids=["in parts", "at once"])
+def test_the_language_loss_is_that_of_forward(monkeypatch, batch, few):
+    monkeypatch.setattr(mblip, "LOGITS", 0)
+    monkeypatch.setattr(mblip, "FEWEST", few)
     model = tiny_mblip()
     features = model.image_features(batch["image"])
     _, expected = model(None, batch["prompt"], batch["labels"], features=features)
