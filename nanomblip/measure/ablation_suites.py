@@ -115,9 +115,9 @@ BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
 class Config:
     suite: str = flag("paper", "paper (all), or some of " + ",".join(SUITES))
     seeds: int = flag(3, "runs of each experiment, with seeds 0, 1, ...")
-    steps: int = flag(0, "optimizer steps of each run; 0 = train.py's default")
+    steps: int = flag(1200, "optimizer steps of each run; 0 = train.py's default")
     limit: int = flag(20, "pictures a language in each measurement")
-    extra: str = flag("", "more flags for every run of train.py, in one string")
+    extra: str = flag("--batch 64 --views 4", "more flags for every run of train.py, in one string")
     missing: bool = flag(False, "say what is missing and run nothing")
     table: bool = flag(False, "rebuild the tables from the records and run nothing")
     setting: str = flag("", "with --table: which records, by their setting; default: the one with the most records")

@@ -43,21 +43,21 @@ def suite_table(suite: Suite, setting: str, records: list[dict]) -> list[str]:
     task, group, metric = suite.measure
     measured = f"{metric.replace('_', ' ')} of {task}s in percent, {group.replace('all other', 'other languages')}"
     lines = [f"**{suite.title}.** Measured: {measured}. Paper: {suite.claim}.", "",
-             "| experiment | trained parameters | seconds | seeds | measure | difference | nano and the paper |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| experiment | trained parameters | seeds | measure | difference | nano and the paper |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     base, _ = values_of(suite.rows[0], suite, setting, records)
     for row in suite.rows:
         values, of = values_of(row, suite, setting, records)
         if not values:
-            lines.append(f"| {row} | - | - | 0 | not run | - | - |")
+            lines.append(f"| {row} | - | 0 | not run | - | - |")
             continue
         spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else " (single seed)"
         first = row == suite.rows[0]
         difference = "-" if first or not base else f"{100 * (statistics.mean(values) - statistics.mean(base)):+.1f}"
         judged = "reference" if first else verdict(base, values, suite.expect, suite.smallest) if base else "-"
-        cost = f"{of[0]['trained_parameters']:,} | {statistics.mean(r['seconds'] for r in of):.0f}"
+        trained = f"{of[0]['trained_parameters']:,}"
         mean = f"{100 * statistics.mean(values):.1f}{spread}"
-        lines.append(f"| {row} | {cost} | {len(values)} | {mean} | {difference} | {judged} |")
+        lines.append(f"| {row} | {trained} | {len(values)} | {mean} | {difference} | {judged} |")
     return [*lines, "", *(group_table(suite, setting, records) if suite.by_group else [])]
 
 
