@@ -10,7 +10,7 @@ The letters used in every shape comment of this package:
 
 Masks are boolean and True means "attend".
 
-Import it before torch, as train.py and sample.py do: torch reads two settings only when it is loaded.
+Import it before torch, as train.py and sample.py do: torch reads these settings only when it is loaded.
 """
 
 import os
@@ -20,6 +20,8 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # oneDNN compiles a kernel for every shape and keeps 1,024 of them: with batches of ever new lengths, gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# Large tensors in pages of 2 MB, where Linux gives them on request: fresh memory is then written sooner.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from nanomblip.model.mblip import MBLIP, PRESETS, MBLIPConfig
 

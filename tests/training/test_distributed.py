@@ -188,7 +188,7 @@ def test_sigterm_to_one_rank_saves_once_and_another_number_goes_on(ranks, tmp_pa
     statuses, said = ranks.end()
     assert statuses == [143, 143] and "go on with: python train.py --resume out/r" in one_line(said)
     done = len(losses(cut / "out/r"))
-    assert 3 < done < 14
+    assert 3 <= done < 14  # it may stop with the very step that was waited for
     statuses, said = ranks.run(cut, 3, ["--resume", "out/r"])
     assert statuses == [2, 2, 2] and "2 micro-batches, which 3 processes cannot share evenly" in one_line(said)
     assert ranks.run(cut, 1, ["--resume", "out/r"])[0] == [0]
