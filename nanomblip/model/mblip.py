@@ -142,9 +142,8 @@ class MBLIP(nn.Module):
 
     def loss(self, features, prompt, labels, prompt_mask=None):
         """The loss of `forward` for training: the head, whose V logits a token are the largest tensor of a step,
-        sees only the places where a token is to be written, a few at a time, and if these are not all at once, once more in
-        the backward pass.
-        features: float (B, I, N, Dv); the rest as in `forward`."""
+        sees only the places where a token is to be written, a few at a time; if that is not all at once, then once
+        more in the backward pass. features: float (B, I, N, Dv); the rest as in `forward`."""
         memory, mask = self.encode(self.image_tokens(features), prompt, prompt_mask)
         embedded = self.mt5.embed_tokens(self.mt5.shift_right(labels))  # (B, T, D)
         hidden, real = self.mt5.decoder(embedded, memory, mask), labels != -100  # (B, T, D), (B, T)
