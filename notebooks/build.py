@@ -15,8 +15,8 @@ above. A sentence that says how things compare has its comparison behind it, as 
     The right picture is better. <!-- claim: right < wrong -->
 
 Each notebook is executed. If a cell or a solution fails or a claim does not hold, it is not written, and the report
-names the notebook, the sentence, the comparison and the numbers in it. Written are NAME.ipynb (solutions folded), and in
-out/notebooks the builds `student` (without solutions) and `teacher` (with solutions as cells).
+names the notebook, the sentence, the comparison and the numbers in it. Written are NAME.ipynb (solutions folded), and
+in out/notebooks the builds `student` (without solutions) and `teacher` (with solutions as cells).
 
 A source takes from 10 seconds to some minutes on one thread; --jobs 2 executes two of them at a time.
 """

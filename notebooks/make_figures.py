@@ -308,9 +308,9 @@ def draw_hero():
     write(ax, 7.8, 5.08, credit, 10, ha="right", color="0.35")
     shown = {lang: answers[lang] for lang in SIX}
     as_good = sum(row[0] >= count for row in best) - 1
-    return fig, dict(picture=EXAMPLE, artist=cell[1], english=english, in_sheet=count, as_good=as_good, animals=len(best),
-                     right=sum(right.values()), languages=len(langs), cats=sum(cats.values()), answers=shown,
-                     tokens=[token for token, _ in reading])  # fmt: skip
+    return fig, dict(picture=EXAMPLE, artist=cell[1], english=english, in_sheet=count, as_good=as_good,
+                     animals=len(best), right=sum(right.values()), languages=len(langs), cats=sum(cats.values()),
+                     answers=shown, tokens=[token for token, _ in reading])  # fmt: skip
 
 
 def draw_contact_sheet():

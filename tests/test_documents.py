@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from nanomblip.data.emoji import HELD_OUT_LANGS, TEST_ARTISTS, TRAIN_ARTISTS, load_emoji, load_names
 from nanomblip.data.languages import LANGUAGES
 from nanomblip.measure import ablation_tables
-from nanomblip.measure.ablation_suites import SUITES, read_records, settings_of
+from nanomblip.measure.ablation_suites import SUITES, find_current, read_records, settings_of
+from nanomblip.measure.ablation_suites import Config as Ablations
 from nanomblip.model.mblip import MBLIP, PRESETS
 from nanomblip.training.config import MACHINE, SCALE, WARMUP_SHARE, Config, resolve
 from nanomblip.weights.files import write_json
@@ -238,6 +239,10 @@ def test_the_readmes_ablations_are_those_of_the_records():
         base, values = (ablation_tables.values_of(name, suite, setting, records)[0] for name in (suite.rows[0], row))
         assert f"{100 * (sum(values) / len(values) - sum(base) / len(base)):+.1f}" == difference, row
         assert ablation_tables.verdict(base, values, suite.expect, suite.smallest) == judged, row
+    cfg = Ablations()
+    runs = [(name, seed) for name in cfg.experiments() for seed in range(cfg.seeds)]
+    missing = sum(find_current(*run, cfg, records) is None for run in runs)
+    assert not missing or f"Still to be run are {missing} of {len(runs)}" in read("README.md")
 
 
 # ---- figures

@@ -190,11 +190,11 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, thr
 def fast_product(
     x: torch.Tensor, codes, scale: torch.Tensor, threshold: float, columns: dict[int, torch.Tensor]
 ) -> torch.Tensor:
-    """`int8_product` on a CPU. codes: the weight, packed or not; columns: those that the layer keeps, as to take them
-    out of the weight takes as long as a product of few rows, and outliers are always in the same few columns.
+    """`int8_product` on a CPU. codes: the weight, packed or not; columns: the weight's columns that the layer keeps.
 
-    Of many outliers no column is kept. For few rows their part of x is said in three int8 digits instead, each the
-    rounded rest of what the digits before could not say, as more rows of the same product: as exact as fp32.
+    To gather the outliers' columns takes as long as a product of few rows. They are always the same few, so they are
+    kept. Many outliers are not: for few rows their part of x is written as three int8 digits, each the rounded
+    remainder of those before, which are three more rows of the same product and together as exact as fp32.
     """
     if len(x) == 0:
         return x.new_zeros(0, len(scale))
