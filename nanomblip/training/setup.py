@@ -32,14 +32,18 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 M_MMAP_THRESHOLD, LARGE_TENSOR = -3, 4 << 20  # glibc's name for what mallopt sets; bytes
+TRIM_EVERY = 25  # steps
 
 
-def return_memory() -> None:
-    """Let glibc return large tensors to the system as soon as they are freed. Otherwise it raises this threshold, and
-    keeps what a step has freed in holes that the next step's tensors do not fit. A third of a GB less at nano's size,
-    for a tenth more time."""
+def return_memory(step: int = 0) -> None:
+    """Have glibc return freed memory to the system: at step 0 large tensors from now on, as soon as they are freed, and
+    at every TRIM_EVERY-th step the holes between smaller ones, which the next step's tensors do not fit. At nano's size
+    they are a third and another half of a GB."""
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
+        if not step:
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
+        elif step % TRIM_EVERY == 0:
+            ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another libc
         pass
 
