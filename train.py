@@ -196,7 +196,8 @@ def train(stage: Stage, run: Run) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         run.step += 1
-        return_memory(run.step)
+        if run.step % 25 == 0:
+            return_memory()
         run.seconds += time.time() - started
 
         run.log.add(run.step, f"{total:.6f}", f"{norm:.6f}", f"{share:.6g}")

@@ -10,8 +10,8 @@ mBLIP joins two models that took others months. This script makes both in miniat
   blip2  a ViT, a Q-Former and a projection in front of a small T5 that writes English only: it can see, and has never
          read another language (--icons: with more English pictures than the embedded ones)
 
-A trained mt0 is trained on (--init) at gentle rates, --lr 5e-4 --muon_lr 0.001: Muon's updates have one size whatever the
-gradient, and at the rates for random weights they overwrite what is known within a hundred steps.
+To train a finished mt0 further (--init), give gentle rates: --lr 5e-4 --muon_lr 0.001. The size of Muon's updates does not
+depend on the gradient, and at the rates for random weights they overwrite the names within a hundred steps.
 
 Either can be stopped at any moment and goes on where it was (the same command again); a kill costs at most the time since
 the last save. What it has reached is written to weights/nano/<stage> in the official layout, as fp16, with its record.

@@ -49,8 +49,8 @@ def script_characters(script: str) -> frozenset[str]:
 
 
 def digits(text: str) -> Counter:
-    """How often each digit stands in a text, in whatever system it is written: "٢٥", "፳፭", "二十五" and "25" all
-    hold a 2 and a 5.
+    """How often each digit stands in a text, in whatever system it is written: "٢٥", "፳፭", "二十五" and "25"
+    all hold a 2 and a 5.
 
     A sign for ten or a hundred counts with its digits, so that one may find more than were meant, never fewer.
     """

@@ -32,18 +32,16 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 M_MMAP_THRESHOLD, LARGE_TENSOR = -3, 4 << 20  # glibc's name for what mallopt sets; bytes
-TRIM_EVERY = 25  # steps
 
 
-def return_memory(step: int = 0) -> None:
-    """Have glibc return freed memory to the system: at step 0 large tensors from now on, as soon as they are freed, and
-    at every TRIM_EVERY-th step the holes between smaller ones, which the next step's tensors do not fit. At nano's size
-    they are a third and another half of a GB."""
+def return_memory() -> None:
+    """Have glibc return freed memory to the system: large tensors as soon as they are freed, from the first call on,
+    and the holes between smaller ones at each call, since the tensors of the next batch have other sizes and do not
+    fit. At nano's size the first saves a third of a GB, the second half a GB."""
     try:
-        if not step:
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
-        elif step % TRIM_EVERY == 0:
-            ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
+        libc.malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another libc
         pass
 
